@@ -1,0 +1,126 @@
+"""
+Lets our functions see RL Zoo's modules right after they were executed, and before anybody uses them.
+
+Imported when ``rl_zoo3`` is about to be imported (``_startup.py``), or by :func:`sb3_grpo_plugin.zoo.register`.
+Nothing but the standard library, and no module of this package before the zoo has loaded the one that it joins.
+"""
+
+import sys
+import warnings
+from importlib import import_module
+from types import CodeType, ModuleType
+from typing import Any
+
+# Module of the zoo, or one that it imports -> our function, called with that module after its execution
+JOINTS = {
+    "rl_zoo3": "sb3_grpo_plugin.zoo:join_algorithms",
+    "rl_zoo3.exp_manager": "sb3_grpo_plugin.zoo:join_hyperparams",
+    "rl_zoo3.hyperparams_opt": "sb3_grpo_plugin.zoo:join_optimization",
+}
+# Script of the zoo, executed as __main__ and so beyond the reach of a joint -> our function from its source to a working one
+SCRIPTS: dict[str, str] = {}
+
+_joined: dict[str, ModuleType] = {}
+
+
+def install() -> None:
+    """
+    Watch for the modules above, and join those that are there already. Calling it again changes nothing.
+    """
+    if not any(isinstance(finder, JointFinder) for finder in sys.meta_path):
+        # Right behind the start-up line's function, which is its own find_spec: while that one runs, the import system is
+        # walking this very list, and would not come back to an earlier place for `rl_zoo3`
+        waiting = [index for index, finder in enumerate(sys.meta_path) if getattr(finder, "find_spec", None) is finder]
+        sys.meta_path.insert(waiting[0] + 1 if waiting else 0, JointFinder())
+    for name in JOINTS:
+        if name in sys.modules:
+            join(sys.modules[name])
+
+
+def join(module: ModuleType) -> None:
+    """
+    Call our function for a module, once. A failure is a warning: the zoo goes on without what is missing.
+
+    :param module: one of the modules in ``JOINTS``, executed
+    """
+    name = module.__name__
+    if _joined.get(name) is module:
+        return
+    _joined[name] = module
+    try:
+        _resolve(JOINTS[name])(module)
+    except Exception as error:
+        warnings.warn(f"sb3-grpo-plugin could not join {name}: {error!r}", stacklevel=2)
+
+
+def _resolve(target: str) -> Any:
+    module, _, function = target.partition(":")
+    return getattr(import_module(module), function)
+
+
+class JointFinder:
+    """
+    Finds nothing by itself: takes what the other finders find, and puts a ``JointLoader`` around its loader.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> Any:
+        if name not in JOINTS and name not in SCRIPTS:
+            return None
+        for finder in sys.meta_path:
+            find_spec = getattr(finder, "find_spec", None)
+            if finder is self or find_spec is None:
+                continue
+            spec = find_spec(name, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = JointLoader(spec.loader)
+                return spec
+        return None
+
+
+class JointLoader:
+    """
+    A module's own loader, with our function called after the module's execution, or before it on its source.
+
+    :param loader: the loader that does the work, and answers whatever else is asked
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: Any) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def get_code(self, name: str) -> CodeType | None:
+        """
+        The code of a script, as ``python -m`` asks for it.
+
+        :param name: the module's full name
+        :return: the mended code; the loader's own where there is nothing to mend
+        """
+        code = self.loader.get_code(name)
+        if name not in SCRIPTS or code is None:
+            return code
+        try:
+            source = self.loader.get_source(name)
+            mended = _resolve(SCRIPTS[name])(source)
+            return code if mended == source else compile(mended, code.co_filename, "exec", dont_inherit=True)
+        except Exception as error:
+            warnings.warn(f"sb3-grpo-plugin could not mend {name}: {error!r}", stacklevel=2)
+            return code
+
+    def exec_module(self, module: ModuleType) -> None:
+        name = module.__name__
+        # From here on the module is an ordinary one, for inspect, reload and whoever else asks for its loader
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        if name in SCRIPTS:
+            exec(self.get_code(name), module.__dict__)
+        else:
+            self.loader.exec_module(module)
+        if name in JOINTS:
+            join(module)
