@@ -17,8 +17,12 @@ JOINTS = {
     "rl_zoo3.exp_manager": "sb3_grpo_plugin.zoo:join_hyperparams",
     "rl_zoo3.hyperparams_opt": "sb3_grpo_plugin.zoo:join_optimization",
 }
-# Script of the zoo, executed as __main__ and so beyond the reach of a joint -> our function from its source to a working one
-SCRIPTS: dict[str, str] = {}
+# Script of the zoo -> our function that mends its source. As __main__ it is beyond the reach of a joint
+SCRIPTS = {
+    "rl_zoo3.benchmark": "sb3_grpo_plugin.zoo_repairs:mend_benchmark",
+    "rl_zoo3.record_training": "sb3_grpo_plugin.zoo_repairs:mend_record_training",
+    "rl_zoo3.push_to_hub": "sb3_grpo_plugin.zoo_repairs:mend_push_to_hub",
+}
 
 _joined: dict[str, ModuleType] = {}
 
@@ -118,8 +122,9 @@ class JointLoader:
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
-        if name in SCRIPTS:
-            exec(self.get_code(name), module.__dict__)
+        code = self.get_code(name) if name in SCRIPTS else None
+        if code is not None:
+            exec(code, module.__dict__)
         else:
             self.loader.exec_module(module)
         if name in JOINTS:

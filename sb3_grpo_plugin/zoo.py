@@ -156,7 +156,7 @@ def default_config(algo: str) -> str | None:
     :param algo: algorithm id
     :return: path of the hyperparameters that a package brings for it, None if no package does
     """
-    found = {}
+    found: dict[str, str] = {}
     for entry in declared(HYPERPARAMS).get(algo, ()):
         try:
             folders = [Path(folder) for folder in import_module(entry.value).__path__]
