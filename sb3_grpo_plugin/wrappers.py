@@ -4,12 +4,16 @@ Every wrapper here works with any algorithm and can be named in an RL Zoo yml by
 ``env_wrapper: sb3_grpo_plugin.wrappers.GroupStartWrapper``.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.util import dict_to_obs, obs_space_info
+
+from sb3_grpo_plugin.snapshots import FAMILIES, Branch, EnvCopier, Episode, GlobalRandom, State
 
 
 def innermost_vec_env(env: VecEnv) -> VecEnv:
@@ -140,3 +144,188 @@ class GroupStartWrapper(gym.Wrapper, RecordConstructorArgs):
         if terminated or truncated:
             info["group_start"] = self.group_start
         return observation, reward, terminated, truncated, info
+
+
+class SnapshotWrapper(gym.Wrapper, RecordConstructorArgs):
+    """
+    Take snapshots of an environment, put it back into them, and let branches go on from them without touching it.
+
+    A snapshot is the simulator's state and each wrapper's own state, time limits included; files and records (``Monitor``)
+    are not part of it. It has to be the outermost wrapper, or what lies outside of it is not in the snapshot.
+
+    ``set_state`` moves this environment. Branches do not: they run in copies of the layers, without ``Monitor`` and
+    ``TimeLimit``, with random generators of their own. A branch draws the noise that the environment itself would have
+    drawn next, so the branches of one snapshot share it.
+
+    Out of reach are closures over the environment, files, and threads; an attribute that cannot be copied is an error.
+
+    :param env: environment to wrap
+    :param family: how the simulator's state is taken: ``"deepcopy"``, ``"mujoco"``, ``"ale"``, ``"replay"`` or ``"auto"``,
+        which picks one but never ``"replay"``: its branches cost the length of the episode so far. Replay is for Box2D,
+        and gives those environments a new physics world at each reset (see ``snapshots.Replay``).
+    :raises ValueError: unknown family. Whether it suits the environment shows when the first snapshot is taken.
+    """
+
+    def __init__(self, env: gym.Env, family: str = "auto") -> None:
+        RecordConstructorArgs.__init__(self, family=family)
+        gym.Wrapper.__init__(self, env)
+        if family not in FAMILIES:
+            raise ValueError(f"SnapshotWrapper: family is {family!r}; expected one of {', '.join(map(repr, FAMILIES))}.")
+        self.family = family
+        self.last_observation: Any = None
+        self.last_action: Any = None
+        self._copier: EnvCopier | None = None
+        self._episode: Episode | None = None
+        self._kept: dict[int, State] = {}
+        self._branches: dict[int, list[Branch | None]] = {}
+        self._randoms: dict[int, GlobalRandom] = {}
+        self._n_made = 0
+        self._checked = False
+
+    @property
+    def copier(self) -> EnvCopier:
+        """Made when first used: in a worker process, an error in a constructor would have no one to report to."""
+        if self._copier is None:
+            self._copier = EnvCopier(self.env, self.family)
+        return self._copier
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if self.family == "replay":
+            self._episode = self.copier.begin_episode(seed, options)
+        self.last_action = None
+        self.last_observation, info = self.env.reset(seed=seed, options=options)
+        return self.last_observation, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        if self._episode is not None:
+            self._episode.actions.append(np.copy(action) if isinstance(action, np.ndarray) else action)
+        self.last_action = action
+        self.last_observation, reward, terminated, truncated, info = self.env.step(action)
+        return self.last_observation, reward, terminated, truncated, info
+
+    def get_state(self) -> State:
+        """
+        Take a snapshot. Nothing is stepped and no random number is drawn.
+
+        :return: state; picklable unless the environment's attributes are not
+        :raises ValueError: the family does not suit the environment
+        """
+        return self.copier.snapshot(self.last_observation, self.last_action, self._episode, complete=True)
+
+    def set_state(self, state: State) -> None:
+        """
+        Put the environment into a state that it, or an equal environment, was in. Its future is then the same, random
+        numbers included.
+
+        :param state: from ``get_state``
+        :raises ValueError: the state is another environment's
+        """
+        self.copier.restore(state)
+        self.last_observation = state.observation
+        if state.episode is not None:
+            episode = state.episode
+            actions = episode.actions[: state.steps]
+            self._episode = Episode(episode.layers, episode.generator, episode.seed, episode.options, actions)
+
+    # What follows is called by Brancher, through VecEnv.env_method where the environment lives in another process.
+
+    def branch_call(self, method: str, *args: Any) -> tuple[Any, str | None]:
+        """
+        Call one of the ``branch_`` methods and hand an error back as a text: raising it would end a worker process.
+
+        :param method: without the prefix
+        :param args: its arguments
+        :return: result and ``None``, or ``None`` and the error
+        """
+        try:
+            return getattr(self, f"branch_{method}")(*args), None
+        except Exception as error:
+            return None, f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+
+    def branch_prepare(self, observation: Any) -> str:
+        """
+        Make sure that snapshots can be taken.
+
+        :param observation: the last one, if this wrapper was put around an environment that is already running
+        :return: the family's name
+        """
+        if self.last_observation is None:
+            self.last_observation = observation
+        if not self.copier.family.is_replayed:
+            self.copier.snapshot(None)
+        return self.copier.family.name
+
+    def branch_keep(self, forget: Sequence[int], with_observation: bool) -> tuple[int, Any]:
+        """
+        Take a snapshot and keep it here.
+
+        :param forget: numbers of kept snapshots that are not needed any more
+        :param with_observation: whether to return the observation
+        :return: its number, and the environment's last observation
+        """
+        for number in forget:
+            self._kept.pop(number, None)
+        self._n_made += 1
+        observation = self.last_observation if with_observation else None
+        to_compare = self.last_observation if self._episode is not None else None
+        self._kept[self._n_made] = self.copier.snapshot(to_compare, self.last_action, self._episode)
+        return self._n_made, observation
+
+    def branch_open(self, simulation: int, numbers: Sequence[int], close: Sequence[int], isolate: bool) -> int:
+        """
+        Make branches.
+
+        :param simulation: number for this set of branches
+        :param numbers: of kept snapshots, one per branch
+        :param close: earlier sets that are not needed any more
+        :param isolate: whether the global random generators have to be guarded here
+        :return: simulator steps that this took
+        """
+        for earlier in close:
+            self._randoms.pop(earlier, None)
+            for branch in self._branches.pop(earlier, []):
+                if branch is not None:
+                    self.copier.release(branch)
+        guard = GlobalRandom()
+        if isolate:
+            self._randoms[simulation] = guard
+        if numbers and not self._checked:
+            with GlobalRandom()():
+                self.copier.check(self._kept[numbers[0]])
+            self._checked = True
+        with guard():
+            made = [self.copier.branch(self._kept[number]) for number in numbers]
+        self._branches[simulation] = [branch for branch, _ in made]
+        return sum(steps for _, steps in made)
+
+    def branch_step(self, simulation: int, which: np.ndarray, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray]:
+        """
+        Step branches.
+
+        :param simulation: number of the set of branches
+        :param which: places in that set, ``[n]``
+        :param actions: as the environment receives them, ``[n, ...]``
+        :return: observations ``[n, ...]`` as ``DummyVecEnv`` returns them, rewards float32 ``[n]``, terminated bool ``[n]``
+        """
+        if simulation in self._randoms:
+            with self._randoms[simulation]():
+                return self._branch_step(simulation, which, actions)
+        return self._branch_step(simulation, which, actions)
+
+    def _branch_step(self, simulation: int, which: np.ndarray, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray]:
+        branches, copier = self._branches[simulation], self.copier
+        space = self.observation_space
+        keys, shapes, dtypes = obs_space_info(space)
+        buffers = {key: np.empty((len(which), *shapes[key]), dtype=dtypes[key]) for key in keys}
+        rewards = np.empty(len(which), dtype=np.float32)
+        terminated = np.empty(len(which), dtype=bool)
+        for row, place in enumerate(which):
+            branch = branches[place]
+            assert branch is not None, "a terminated branch was stepped"
+            observation, rewards[row], terminated[row] = copier.step(branch, actions[row])
+            for key in keys:
+                buffers[key][row] = observation if key is None else observation[key]
+            if terminated[row]:
+                copier.release(branch)
+                branches[place] = None
+        return dict_to_obs(space, buffers), rewards, terminated
