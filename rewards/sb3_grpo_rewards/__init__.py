@@ -16,7 +16,7 @@ def sb3_grpo_rewards() -> list[RewardSpec]:
     """
     :return: our rewards; one per environment, so that ``reward_function="auto"`` finds it
     """
-    lander = ("LunarLander-v2", "LunarLander-v3", "LunarLanderContinuous-v2", "LunarLanderContinuous-v3")
+    lander = ("LunarLander-v3", "LunarLanderContinuous-v3")
     return [
         RewardSpec("classic/cartpole-upright", CARTPOLE, rewards.cartpole_upright, "pole upright, cart in the middle"),
         RewardSpec("classic/acrobot-swing-up", ("Acrobot-v1",), rewards.acrobot_swing_up, "tip height and energy"),
@@ -28,7 +28,7 @@ def sb3_grpo_rewards() -> list[RewardSpec]:
             "energy to the top, less the price of the force",
         ),
         RewardSpec("classic/pendulum-cost", ("Pendulum-v1",), rewards.pendulum_cost, "the environment's own reward"),
-        RewardSpec("box2d/lander-landing", lander, rewards.lander_landing, "progress to the pad, less fuel"),
+        RewardSpec("box2d/lander-landing", lander, rewards.lander_landing, "progress to the pad, less fuel and impacts"),
         RewardSpec("mujoco/hopper-forward", _walker("Hopper"), rewards.hopper_forward, "forward speed, upright"),
         RewardSpec("mujoco/half-cheetah-forward", _walker("HalfCheetah"), rewards.half_cheetah_forward, "forward speed"),
         RewardSpec("mujoco/walker2d-forward", _walker("Walker2d"), rewards.walker2d_forward, "forward speed, upright"),
