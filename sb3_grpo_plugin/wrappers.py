@@ -4,15 +4,21 @@ Every wrapper here works with any algorithm and can be named in an RL Zoo yml by
 ``env_wrapper: sb3_grpo_plugin.wrappers.GroupStartWrapper``.
 """
 
+import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch as th
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils import RecordConstructorArgs
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.util import dict_to_obs, obs_space_info
 
+from sb3_grpo_plugin.rewards import RewardFunction, env_wrappers_for, evaluate_reward, resolve_reward
 from sb3_grpo_plugin.snapshots import FAMILIES, Branch, EnvCopier, Episode, GlobalRandom, State
 
 
@@ -84,6 +90,105 @@ def _has_layer(env: gym.Env, wrapper_class: type[gym.Wrapper]) -> bool:
     return False
 
 
+class RewardFunctionWrapper(gym.Wrapper, RecordConstructorArgs):
+    """
+    Let each step return the reward of a registered function, for any algorithm.
+
+    The environment's own reward stays in ``info["env_reward"]``. ``Monitor`` sits inside of the zoo's ``env_wrapper``, so
+    ``ep_rew_mean`` and evaluations keep reporting the environment's own return.
+
+    :param env: environment to wrap
+    :param reward_function: a registered name (``"package/name"``), ``"auto"`` (the one bound to this environment's ID), a
+        callable ``reward_function(state, action, next_state) -> reward`` of torch tensors (CPU, batches of 1), or ``None``
+        for the environment's own reward
+    :raises ValueError: the name is unknown, or none or several are bound to the ID; at a step: the function returned
+        something other than one finite number
+    """
+
+    def __init__(self, env: gym.Env, reward_function: str | RewardFunction | None = None) -> None:
+        RecordConstructorArgs.__init__(self, reward_function=reward_function)
+        gym.Wrapper.__init__(self, env)
+        self.reward_name, self._function = resolve_reward(reward_function, _env_id(env))
+        self._observation: Any = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        self._observation = _copied(observation)
+        return observation, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        info["env_reward"] = float(reward)
+        if self._function is None:
+            return observation, reward, terminated, truncated, info
+        before, self._observation = self._observation, _copied(observation)
+        batch = _action_batch(action, self.env.action_space)
+        values = evaluate_reward(self._function, self.reward_name, _batch(before), batch, _batch(self._observation))
+        return observation, float(values[0]), terminated, truncated, info
+
+
+def _env_id(env: gym.Env) -> str | None:
+    return None if env.unwrapped.spec is None else env.unwrapped.spec.id
+
+
+def _copied(observation: Any) -> Any:
+    """Numpy arrays that nobody else writes to."""
+    if isinstance(observation, dict):
+        return {key: _copied(value) for key, value in observation.items()}
+    return np.array(observation)
+
+
+def _batch(observation: Any) -> Any:
+    """A batch of one: floats as float32, other dtypes as they are."""
+    if isinstance(observation, dict):
+        return {key: _batch(value) for key, value in observation.items()}
+    tensor = th.as_tensor(observation).unsqueeze(0)
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _action_batch(action: Any, space: spaces.Space) -> th.Tensor:
+    """A batch of one: float32 ``[1, action_dim]`` for ``Box``, int64 ``[1, n]`` for the others."""
+    dtype = np.float32 if isinstance(space, spaces.Box) else np.int64
+    return th.as_tensor(np.array(action, dtype=dtype).reshape(1, -1))
+
+
+class RegisteredWrappers(gym.Wrapper, RecordConstructorArgs):
+    """
+    Put around an environment all wrappers that installed plugins bind to its ID, in the order of their names (the first one
+    innermost).
+
+    :param env: environment to wrap, made by ``gymnasium.make``
+    :raises ValueError: the environment has no ID, or a plugin's factory returned something other than an environment
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        RecordConstructorArgs.__init__(self)
+        env_id = _env_id(env)
+        if env_id is None:
+            raise ValueError(f"RegisteredWrappers looks wrappers up by ID, and {env} has none: use gymnasium.make.")
+        specs = env_wrappers_for(env_id)
+        if not specs:
+            warnings.warn(f"RegisteredWrappers: no installed plugin binds an environment wrapper to {env_id}.", stacklevel=2)
+        self._unregistered_spec = env.spec
+        for spec in specs:
+            wrapped = spec.factory(env)
+            if not isinstance(wrapped, gym.Env):
+                raise ValueError(
+                    f"The environment wrapper {spec.name!r} returned a {type(wrapped).__name__}; expected a gymnasium.Env."
+                )
+            env = wrapped
+        gym.Wrapper.__init__(self, env)
+        self.wrapper_names = tuple(spec.name for spec in specs)
+
+    @property
+    def spec(self) -> EnvSpec | None:  # type: ignore[override]
+        """Names this wrapper and not those that it adds: ``gymnasium.make(spec)`` would add them twice."""
+        spec = self._unregistered_spec
+        if spec is None:
+            return None
+        return dataclasses.replace(spec, additional_wrappers=(*spec.additional_wrappers, self.wrapper_spec()))
+
+
 class GroupStartWrapper(gym.Wrapper, RecordConstructorArgs):
     """
     Let the e-th episode of every member of a group start from the same state, without forcing any reset.
@@ -97,7 +202,8 @@ class GroupStartWrapper(gym.Wrapper, RecordConstructorArgs):
     the start state comes from it. (Common random numbers: they make the comparison sharper and do not bias it.) Noise
     from a global generator is not shared.
 
-    A seed that the caller passes to ``reset`` is used as it is; such an episode counts, but belongs to no group.
+    A seed that the caller passes to ``reset`` is used as it is, and makes all that follows reproducible: that episode belongs
+    to no group, and the next one has number 1.
     The info of each reset and of each episode's last step holds ``group_start``: ``(group, e)``, or ``None`` if the caller
     seeded that episode.
 
@@ -130,7 +236,9 @@ class GroupStartWrapper(gym.Wrapper, RecordConstructorArgs):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         self.group_start = None
-        if seed is None:
+        if seed is not None:
+            self.next_episode = 0
+        else:
             self.group_start = (self.group, self.next_episode)
             words = np.random.SeedSequence((self.group_seed, self.group, self.next_episode)).generate_state(1)
             seed = int(words[0] >> 1)  # 31 bits: some simulators take a signed 32-bit seed
