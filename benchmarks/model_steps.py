@@ -87,6 +87,14 @@ def steps_per_second(step: Step, batch_size: int, device: str, repeats: int) -> 
     return batch_size * HORIZON / best
 
 
+def keep_freed_memory() -> None:
+    """
+    Freeing one block of just under 32 MiB teaches glibc to keep blocks up to that size. Otherwise every activation of a
+    large batch is returned to the system and faulted in again, page by page: a third of the time. Elsewhere harmless.
+    """
+    th.empty(31 * 2**20, dtype=th.uint8)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -97,6 +105,7 @@ def main() -> None:
     args = parser.parse_args()
     th.set_num_threads(args.threads)
     th.manual_seed(0)
+    keep_freed_memory()
     name = th.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU, {args.threads} thread(s)"
     print(f"{name}, torch {th.__version__}, Python {platform.python_version()}{', compiled' if args.compile else ''}")
     print("million model steps per second")
