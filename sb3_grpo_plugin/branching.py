@@ -147,8 +147,8 @@ class Brancher:
         needs_observation = not self._stack_ops or self._tracks_raw_frames
         arguments: dict[int, tuple] = {}
         for index in range(self.num_envs):
-            arguments[index] = (self._forget[index], needs_observation)
-            self._forget[index] = []
+            arguments[index] = (self._forget[index].copy(), needs_observation)
+            self._forget[index].clear()  # the same list: snapshots hold it
         kept = self.call("keep", arguments)
         stacks = self._frame_rows([observation for _, observation in kept.values()])
         snapshots = []

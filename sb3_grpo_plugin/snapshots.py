@@ -38,14 +38,13 @@ FAMILIES = ("auto", "deepcopy", "mujoco", "ale", "replay")
 # no influence on what the agent sees or earns
 RECORD_LAYERS: tuple[type, ...] = (
     Monitor,
-    wrappers.PassiveEnvChecker,
     wrappers.RecordEpisodeStatistics,
     wrappers.RecordVideo,
     wrappers.RenderCollection,
     wrappers.HumanRendering,
 )
-# these only decide when an episode may be stepped: part of a state, but not of a branch
-LIMIT_LAYERS: tuple[type, ...] = (wrappers.TimeLimit, wrappers.OrderEnforcing)
+# these only watch over when and how an episode may be stepped: part of a state, but not of a branch
+LIMIT_LAYERS: tuple[type, ...] = (wrappers.TimeLimit, wrappers.OrderEnforcing, wrappers.PassiveEnvChecker)
 
 # Arrays of MjData that lag behind the state vector, and that environments read before they step ("x_position_before")
 MUJOCO_DERIVED = ("xpos", "xquat", "xipos", "geom_xpos", "site_xpos", "subtree_com", "cvel", "sensordata")
@@ -309,7 +308,8 @@ class Ale(Deepcopy):
 
     def __init__(self, base: Any) -> None:
         super().__init__(base)
-        self._scratch: Any = vars(rebuild(base))["ale"]
+        twin: Any = rebuild(base)
+        self._scratch = twin.ale
         self.owned = {"ale": self._scratch}
         self.is_sticky = base.ale.getFloat("repeat_action_probability") > 0 and not base.continuous
 
@@ -473,7 +473,7 @@ class EnvCopier:
         try:
             self.family = family_class(base)
         except (AttributeError, ImportError) as error:
-            raise ValueError(f"The snapshot family {family!r} does not suit {env}: {error}.") from error
+            raise ValueError(f"The snapshot family {family_class.name!r} does not suit {env}: {error}.") from error
         stack = list(_layers(env))
         self._branch_layers = [layer for layer in stack if not isinstance(layer, RECORD_LAYERS + LIMIT_LAYERS)]
         self._state_layers = [layer for layer in stack if not isinstance(layer, RECORD_LAYERS)]
@@ -516,15 +516,21 @@ class EnvCopier:
         layers = tuple(type(layer).__name__ for layer in self._branch_layers[1:])
         return (name, repr(sorted(kwargs.items())), layers, self.family.name)
 
-    def _capture_layer(self, layer: gym.Env, template: LayerState, memo: Memo) -> LayerState:
+    def _capture_layer(self, layer: gym.Env, template: LayerState, memo: Memo, complete: bool = False) -> LayerState:
+        """
+        :param layer: to look at
+        :param template: what all of its branches share
+        :param memo: for copying
+        :param complete: include what equals the template: another environment's template may differ
+        """
         state = {}
         for name, value in vars(layer).items():
             copier = _COPIERS.get(type(value)) or _copier_of(value)
             if copier is _keep:
-                if template.get(name, _Ref) is not value:
+                if complete or template.get(name, _Ref) is not value:
                     state[name] = value
             elif copier is _own or copier is _drop:
-                if template.get(name) is None:
+                if not complete and template.get(name) is None:
                     state[name] = copier(value, memo)
             elif name != "env":
                 try:
@@ -576,17 +582,17 @@ class EnvCopier:
         if self.family.is_replayed:
             if episode is None:
                 raise ValueError("The replay family has to see an episode from its start: reset the environment first.")
-            limits = self._capture(self._limit_layers()) if complete else []
+            limits = self._capture(self._limit_layers(), complete) if complete else []
             return State(self.kind, limits, None, observation, episode, len(episode.actions))
-        layers = self._capture(self._state_layers if complete else self._branch_layers)
+        layers = self._capture(self._state_layers if complete else self._branch_layers, complete)
         return State(self.kind, layers, self.family.capture(action), observation)
 
     def _limit_layers(self) -> list[gym.Env]:
         return [layer for layer in self._state_layers if isinstance(layer, LIMIT_LAYERS)]
 
-    def _capture(self, layers: Sequence[gym.Env]) -> list[LayerState]:
+    def _capture(self, layers: Sequence[gym.Env], complete: bool) -> list[LayerState]:
         memo = dict(self._refs)
-        return [self._capture_layer(layer, self._templates[id(layer)], memo) for layer in layers]
+        return [self._capture_layer(layer, self._templates[id(layer)], memo, complete) for layer in layers]
 
     def restore(self, state: State) -> None:
         """
@@ -615,11 +621,7 @@ class EnvCopier:
 
     def _fill(self, layers: Sequence[gym.Env], states: Sequence[LayerState], memo: Memo) -> None:
         for layer, state in zip(layers, states, strict=True):
-            shared = {
-                name: value for name, value in self._templates[id(layer)].items() if _copier_of(value) is _keep
-            }  # an attribute that equals the template's is not in the state
-            vars(layer).update(shared)
-            vars(layer).update({name: _copy(value, memo) for name, value in state.items()})
+            vars(layer).update({name: _copy(value, memo) for name, value in state.items() if name != "render_mode"})
 
     # -- branches ------------------------------------------------------------------------------------------------
 
@@ -732,9 +734,13 @@ class EnvCopier:
         templates = [self._templates[id(layer)] for layer in self._branch_layers]
         states = [self._capture_layer(layer, template, memo) for layer, template in zip(layers, templates, strict=True)]
         second, _ = self.branch(State(self.kind, states, first.simulator))
+        both = ((first, GlobalRandom()), (second, GlobalRandom()))
         for _ in range(3):
             action = action_space.sample()
-            steps = [self.step(branch, action) for branch in (first, second)]
+            steps = []
+            for branch, guard in both:
+                with guard():
+                    steps.append(self.step(branch, action))
             if not _equal(steps[0], steps[1]):
                 raise ValueError(
                     f"The snapshot family {self.family.name!r} does not suit {self.env}: a copy of it went another way than "
