@@ -34,7 +34,7 @@ train: $(VENV)/installed
 	$(BIN)/python -m rl_zoo3.train --algo grpo --env CartPole-v1 $(ARGS)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff check --select I --fix .
