@@ -300,7 +300,7 @@ class BranchSimulator:
         """
         return obs_as_tensor(self._input, self.device)
 
-    def step(self, action: np.ndarray) -> tuple[Any, th.Tensor, th.Tensor]:
+    def step(self, action: np.ndarray | th.Tensor) -> tuple[Any, th.Tensor, th.Tensor]:
         """
         Step every branch that has not terminated. The others keep their last state and earn 0. Time limits do not count.
 
@@ -308,15 +308,16 @@ class BranchSimulator:
         :return: next state as in ``state``, the simulator's own reward float32 ``[B]``, terminated bool ``[B]``
         """
         space = self.brancher.base.action_space
-        action = np.asarray(action).reshape(self.n_branches, *(space.shape or ()))
-        alive = np.flatnonzero(~self.terminated)
+        values = action.cpu().numpy() if isinstance(action, th.Tensor) else np.asarray(action)
+        values = values.reshape(self.n_branches, *(space.shape or ()))
+        n_alive = int((~self.terminated).sum())
         reward = np.zeros(self.n_branches, dtype=np.float32)
-        if len(alive):
-            self._step_alive(alive, action, reward)
-        self.n_steps += len(alive)
+        if n_alive:
+            self._step_alive(values, reward)
+        self.n_steps += n_alive
         return self.state, th.as_tensor(reward, device=self.device), th.as_tensor(self.terminated.copy(), device=self.device)
 
-    def _step_alive(self, alive: np.ndarray, action: np.ndarray, reward: np.ndarray) -> None:
+    def _step_alive(self, action: np.ndarray, reward: np.ndarray) -> None:
         rows = {index: own[~self.terminated[own]] for index, own in self._rows.items()}
         rows = {index: own for index, own in rows.items() if len(own)}
         arguments = {index: (self._simulation, self._places[own], action[own]) for index, own in rows.items()}
