@@ -282,6 +282,8 @@ class StateGroups:
 
     def _embed(self, features: th.Tensor) -> th.Tensor:
         """``[..., dim]`` -> ``[..., 1 + dim + N_FEATURES]``: a constant, linear terms and random Fourier features."""
+        assert self._center is not None and self._width is not None
+        assert self._frequencies is not None and self._offsets is not None
         whitened = ((features - self._center) / self._width).clamp(-CLIP, CLIP)
         waves = (whitened @ self._frequencies + self._offsets).cos()
         linear = whitened / math.sqrt(whitened.shape[-1])

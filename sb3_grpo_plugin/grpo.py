@@ -20,9 +20,9 @@ from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_grpo_plugin import groups, lookahead, losses
-from sb3_grpo_plugin.branching import Brancher, Snapshot
+from sb3_grpo_plugin.lookahead import ActionGroups
 from sb3_grpo_plugin.policies import ActorPolicy, CnnPolicy, MlpPolicy, MultiInputPolicy
-from sb3_grpo_plugin.rewards import TransitionSpec, check_stateless, evaluate_reward, find_transition, resolve_reward
+from sb3_grpo_plugin.rewards import check_stateless, evaluate_reward, resolve_reward
 from sb3_grpo_plugin.rollouts import RolloutRecord, TrainingData, follow, map_observation
 from sb3_grpo_plugin.wrappers import GroupStartWrapper, ensure_wrapped, innermost_vec_env
 
@@ -30,18 +30,23 @@ SelfGRPO = TypeVar("SelfGRPO", bound="GRPO")
 
 GROUPINGS = ("auto", "action", "state", "episode")
 FEATURE_CHUNK = 4096
-MODEL_CHUNK = 2**18
-BRANCH_CHUNK = 2**10
 NOT_SAVED = (
-    "_brancher",
+    "_action_groups",
     "_candidates",
     "_episode_groups",
-    "_model",
     "_record",
     "_reward",
     "_scale",
-    "_snapshots",
     "_state_groups",
+)
+DAMAGED_ZIP_ERRORS = (
+    AttributeError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
 )
 FLAT_CAUSES = {
     "state": "all returns are alike. The reward may be constant, or not earned yet: let a rollout reach it (n_steps, n_envs, "
@@ -171,7 +176,7 @@ class GRPO(PPO):
         reward_function: str | Callable[..., th.Tensor] | None = None,
         group_by: str = "auto",
         group_size: int = 8,
-        horizon: int = 32,
+        horizon: int = 64,
         scale_rewards: str = "batch",
         loss_type: str = "dapo",
         clip_range_high: float | None = None,
@@ -260,10 +265,7 @@ class GRPO(PPO):
             )
         env_id = self._env_id()
         self._reward_name, self._reward = resolve_reward(self.reward_function, env_id)
-        self._model = self._find_model(env_id)
-        self._grouping = self.group_by
-        if self.group_by == "auto":
-            self._grouping = "action" if self._reward is not None and self._can_branch() else "state"
+        self._grouping, self._action_groups = self._choose_grouping(env_id)
         if self._grouping != "state" and self.gae_lambda != 0.95:
             warnings.warn(f"`gae_lambda` has no effect with group_by='{self._grouping}'.", stacklevel=3)
         if self.env is None:
@@ -271,55 +273,30 @@ class GRPO(PPO):
         if self._grouping == "state":
             groups.check_state_groups(self.n_steps, self.n_envs, self.gamma, self.gae_lambda)
         if self._grouping == "episode" and self.n_envs % self.group_size:
+            fitting = -(-self.n_envs // self.group_size) * self.group_size
             raise ValueError(
                 f"Episode groups need `n_envs` to be a multiple of `group_size`: each group is {self.group_size} "
-                f"environments, and there are {self.n_envs}. Use n_envs={-(-self.n_envs // self.group_size) * self.group_size} "
-                f"or another group_size."
+                f"environments, and there are {self.n_envs}. Use n_envs={fitting} or another group_size."
             )
-        if self._grouping == "action" and self._model is None:
-            self._brancher = self._make_brancher()
+
+    def _choose_grouping(self, env_id: str | None) -> tuple[str, ActionGroups | None]:
+        """What ``group_by`` stands for in this environment."""
+        wanted = self.group_by == "action" or (self.group_by == "auto" and self._reward is not None)
+        if not wanted or self.env is None:
+            return ("state" if self.group_by == "auto" else self.group_by), None
+        reward = None if self._reward is None else (self._reward_name, self._reward)
+        try:
+            return "action", ActionGroups(self.env, env_id, reward, self.group_size, self.horizon, self.gamma)
+        except ValueError:
+            if self.group_by == "action":
+                raise
+            return "state", None
 
     def _env_id(self) -> str | None:
         if self.env is None:
             return None
         spec = innermost_vec_env(self.env).get_attr("spec", indices=0)[0]
         return None if spec is None else spec.id
-
-    def _find_model(self, env_id: str | None) -> TransitionSpec | None:
-        """The transition model of this environment, where the policy sees what the model computes."""
-        if env_id is None or self._reward is None or self.group_by not in ("auto", "action"):
-            return None
-        assert self.env is not None
-        if innermost_vec_env(self.env).observation_space != self.observation_space:
-            return None
-        return find_transition(env_id)
-
-    def _can_branch(self) -> bool:
-        if self._model is not None or self.env is None:
-            return self._model is not None
-        try:
-            self._brancher = Brancher(self.env)
-        except ValueError:
-            return False
-        return True
-
-    def _make_brancher(self) -> Brancher:
-        assert self.env is not None
-        env_id = self._env_id()
-        if self._reward is None and env_id is not None and find_transition(env_id) is not None:
-            hint = f" The transition model of {env_id} gives no rewards: pass a reward_function to use it."
-        else:
-            hint = ""
-        try:
-            return Brancher(self.env)
-        except ValueError as error:
-            raise ValueError(
-                f"group_by='action' needs the next states of {env_id or 'this environment'} for actions that were not taken, and "
-                "there are three ways to have them: (1) a plugin with a transition model for it, beside a reward_function; "
-                "(2) an environment that can be copied (classic control, MuJoCo, ALE, most Python environments); "
-                "(3) SnapshotWrapper(env, family='replay') around it, exact for any seeded environment, but slow. "
-                f"group_by='state' works without.{hint} What stood in the way: {error}"
-            ) from error
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -328,7 +305,6 @@ class GRPO(PPO):
         self._state_groups = groups.StateGroups(self.gamma, self.gae_lambda, self.seed or 0, remember=not moving_features)
         self._scale = groups.ScoreScale(self.scale_rewards)
         self._record = RolloutRecord()
-        self._brancher: Brancher | None = None
         self._candidates: TrainingData | None = None
         self.reference_policy = self._make_reference() if self.kl_coef > 0 else None
         # SB3 calls this between the last step of a rollout and the callbacks' on_rollout_end
@@ -376,7 +352,9 @@ class GRPO(PPO):
         if reset_num_timesteps:
             self.branch_steps = self.model_steps = 0
         if self.verbose >= 1:
-            print(f"Groups by {self._grouping}{self._sources()}")  # noqa: T201
+            source = "" if self._action_groups is None else f", {self._action_groups.source}"
+            rewards = "" if self._reward is None else f", rewards from {self._reward_name}"
+            print(f"Groups by {self._grouping}{rewards}{source}")  # noqa: T201
         self._warned_of_flat_groups = False
         self._reward_is_checked = False
         return super().learn(
@@ -387,15 +365,6 @@ class GRPO(PPO):
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )
-
-    def _sources(self) -> str:
-        reward = "" if self._reward is None else f", rewards from {self._reward_name}"
-        if self._grouping != "action":
-            return reward
-        if self._model is not None:
-            return f"{reward}, next states from the transition model {self._model.name}"
-        assert self._brancher is not None
-        return f"{reward}, next states from branches of the simulator ({', '.join(sorted(set(self._brancher.families)))})"
 
     def _start_episode_groups(self) -> None:
         """Let the e-th episodes of each ``group_size`` neighbouring environments begin alike."""
@@ -413,8 +382,8 @@ class GRPO(PPO):
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         self._record.start(env, keep_states=self._reward is not None)
-        self._snapshots: list[list[Snapshot]] = []
-        self._take_snapshot()
+        if self._action_groups is not None:
+            self._action_groups.begin_rollout()
         try:
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         except (RuntimeError, ValueError):
@@ -426,11 +395,8 @@ class GRPO(PPO):
         super()._update_info_buffer(infos, dones)
         if dones is not None:
             self._record.add(self.rollout_buffer.pos, infos, dones)
-            self._take_snapshot()
-
-    def _take_snapshot(self) -> None:
-        if self._brancher is not None:
-            self._snapshots.append(self._brancher.snapshot())
+            if self._action_groups is not None:
+                self._action_groups.after_step()
 
     def _check_finite(self, what: str, values: Any, step: int | None = None) -> None:
         """
@@ -448,7 +414,8 @@ class GRPO(PPO):
             total = self.num_timesteps - (self.rollout_buffer.pos - at) * self.n_envs
             raise ValueError(
                 f"Environment {env} gave a {what} that is NaN or infinite at step {at} of the rollout (after {total} "
-                f"timesteps): {rows[first, env]}. Mend the environment; stable_baselines3's VecCheckNan helps to find the cause."
+                f"timesteps): {rows[first, env]}. Mend the environment; stable_baselines3's VecCheckNan helps to find the "
+                "cause."
             )
 
     def _features(self, observation: Any) -> th.Tensor:
@@ -480,8 +447,8 @@ class GRPO(PPO):
         assert self._last_obs is not None
         self._candidates = None
         unit = self._reward_unit()
-        if self._grouping == "action":
-            comparison = self._compare_actions()
+        if self._action_groups is not None:
+            comparison = self._compare_actions(self._action_groups)
         else:
             if self._reward is not None:
                 self._replace_rewards()
@@ -509,6 +476,7 @@ class GRPO(PPO):
     def _states(self) -> tuple[Any, th.Tensor, Any]:
         """The rollout as reward functions see it: states, actions and next states, ``[n_steps * n_envs, ...]``."""
         buffer = self.rollout_buffer
+        assert self._last_obs is not None
         states, next_states = self._record.states(buffer.observations, self._last_obs)
         actions = lookahead.received(flat(buffer.actions, self.device), self.policy)
         return flat(states, self.device), actions, flat(next_states, self.device)
@@ -527,51 +495,26 @@ class GRPO(PPO):
             check_stateless(self._reward, self._reward_name, states, actions, next_states)
             self._reward_is_checked = True
 
-    def _compare_actions(self) -> groups.Comparison:
+    def _compare_actions(self, action_groups: ActionGroups) -> groups.Comparison:
         """Follow the candidates of every visited state; leaves them in ``_candidates``."""
         buffer = self.rollout_buffer
-        observations = flat(buffer.observations, self.device)
-        executed = flat(buffer.actions, self.device)
+        states = None
         if self._reward is not None:
             rollout = self._states()
             self._check_reward(*rollout)
-        seed = (self.seed or 0) + self.num_timesteps
+            states = rollout[0]
         self.policy.set_training_mode(False)
-        with th.no_grad(), lookahead.own_randomness(seed, self.device):
-            actions, log_prob = lookahead.draw_candidates(
-                self.policy, observations, executed, flat(buffer.log_probs, self.device), self.group_size
+        with lookahead.own_randomness((self.seed or 0) + self.num_timesteps, self.device):
+            scores, self._candidates = action_groups.compare(
+                self.policy,
+                flat(buffer.observations, self.device),
+                flat(buffer.actions, self.device),
+                flat(buffer.log_probs, self.device),
+                states,
             )
-            n, k = log_prob.shape
-            chunk = max(1, (BRANCH_CHUNK if self._model is None else MODEL_CHUNK) // k)
-            scores = []
-            for rows in th.arange(n).split(chunk):
-                simulator = self._simulator(rows, k, None if self._reward is None else rollout[0])
-                reward = None if self._reward is None else (self._reward_name, self._reward)
-                scores.append(
-                    lookahead.look_ahead(
-                        simulator, actions[rows].flatten(0, 1), self.policy, reward, self.horizon, self.gamma
-                    ).view(-1, k)
-                )
-                if self._model is None:
-                    self.branch_steps += simulator.n_steps
-                else:
-                    self.model_steps += simulator.n_steps
-        enumerated = isinstance(self.action_space, spaces.Discrete) and self.action_space.n <= self.group_size
-        self._candidates = TrainingData(observations, actions, log_prob, log_prob, log_prob[:, 0], enumerated=enumerated)
-        return groups.compare_candidates(th.cat(scores))
-
-    def _simulator(self, rows: th.Tensor, k: int, states: Any) -> lookahead.Simulator:
-        """``k`` copies of each of these visited states, ready to be stepped."""
-        repeated = rows.repeat_interleave(k)
-        if self._model is not None:
-            assert self.env is not None
-            observe = lookahead.frozen_normalization(self.env, self.device)
-            return lookahead.ModelSimulator(self._model, map_observation(lambda values: values[repeated], states), observe)
-        assert self._brancher is not None
-        steps, envs = (repeated // self.n_envs).tolist(), (repeated % self.n_envs).tolist()
-        return self._brancher.simulate(
-            [self._snapshots[step][env] for step, env in zip(steps, envs, strict=True)], self.device
-        )
+        self.branch_steps += action_groups.branch_steps
+        self.model_steps += action_groups.model_steps
+        return groups.compare_candidates(scores)
 
     def _visits(self, rewards: th.Tensor, episode_starts: th.Tensor, dones: th.Tensor) -> groups.Visits:
         """The rollout as state groups see it."""
@@ -714,9 +657,7 @@ class GRPO(PPO):
         return [*state_dicts, *(["reference_policy"] if self.reference_policy is not None else [])], tensors
 
     @classmethod
-    def load(
-        cls: type[SelfGRPO], path: Any, env: GymEnv | None = None, *args: Any, **kwargs: Any
-    ) -> SelfGRPO:
+    def load(cls: type[SelfGRPO], path: Any, env: GymEnv | None = None, *args: Any, **kwargs: Any) -> SelfGRPO:
         """
         See :meth:`BaseAlgorithm.load`.
 

@@ -23,20 +23,28 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
-from sb3_grpo_plugin.rewards import RewardFunction, TransitionSpec, evaluate_reward, evaluate_transition
-from sb3_grpo_plugin.rollouts import map_observation
+from sb3_grpo_plugin.branching import Brancher, Snapshot
+from sb3_grpo_plugin.rewards import RewardFunction, TransitionSpec, evaluate_reward, evaluate_transition, find_transition
+from sb3_grpo_plugin.rollouts import TrainingData, map_observation
+from sb3_grpo_plugin.wrappers import innermost_vec_env
+
+MODEL_CHUNK = 2**18
+BRANCH_CHUNK = 2**10
 
 
 class Simulator(Protocol):
     """
     ``B`` states that can be stepped: of a batched model, or branches of the training environment.
 
-    :ivar state: in the environment's own units, ``[B, ...]``
     :ivar n_steps: steps spent so far
     """
 
-    state: Any
     n_steps: int
+
+    @property
+    def state(self) -> Any:
+        """In the environment's own units, ``[B, ...]``."""
+        ...
 
     def policy_input(self) -> Any:
         """The states as the policy sees them, ``[B, ...]``."""
@@ -58,25 +66,29 @@ class ModelSimulator:
 
     def __init__(self, spec: TransitionSpec, state: Any, observe: Callable[[Any], Any]) -> None:
         self.spec = spec
-        self.state = state
+        self._state = state
         self.observe = observe
         self.n_steps = 0
         self._terminated: th.Tensor | None = None
 
+    @property
+    def state(self) -> Any:
+        return self._state
+
     def policy_input(self) -> Any:
-        return self.observe(self.state)
+        return self.observe(self._state)
 
     def step(self, action: th.Tensor) -> tuple[Any, None, th.Tensor]:
         alive = None if self._terminated is None else ~self._terminated
-        next_state, terminated = evaluate_transition(self.spec, self.state, action, alive)
+        next_state, terminated = evaluate_transition(self.spec, self._state, action, alive)
         if alive is None or self._terminated is None:
             self.n_steps += len(terminated)
         else:
             self.n_steps += int(alive.sum())
             ended = self._terminated
-            next_state = map_observation(lambda new, old: th.where(_rows(ended, new), old, new), next_state, self.state)
+            next_state = map_observation(lambda new, old: th.where(_rows(ended, new), old, new), next_state, self._state)
             terminated = terminated | ended
-        self.state, self._terminated = next_state, terminated
+        self._state, self._terminated = next_state, terminated
         return next_state, None, terminated
 
 
@@ -211,3 +223,110 @@ def look_ahead(
         if not alive.any():
             break
     return scores
+
+
+class ActionGroups:
+    """
+    The groups of other actions in one environment: where next states come from, and the scores of a rollout's candidates.
+
+    :param env: the training environment
+    :param env_id: its ID, where it has one
+    :param reward: name and function that scores steps; ``None`` for the simulator's own reward
+    :param group_size: candidates per state; a ``Discrete`` space no larger than this is enumerated
+    :param horizon: steps to follow each candidate
+    :param gamma: discount factor
+    :raises ValueError: next states cannot be had
+    :ivar branch_steps: simulator steps spent on the last rollout's candidates
+    :ivar model_steps: model steps spent on them
+    """
+
+    def __init__(
+        self,
+        env: VecEnv,
+        env_id: str | None,
+        reward: tuple[str | None, RewardFunction] | None,
+        group_size: int,
+        horizon: int,
+        gamma: float,
+    ) -> None:
+        self.env = env
+        self.reward = reward
+        self.group_size = group_size
+        self.horizon = horizon
+        self.gamma = gamma
+        self.branch_steps = self.model_steps = 0
+        self._snapshots: list[list[Snapshot]] = []
+        # A model computes what the environment itself shows: no frames stacked, no images transposed
+        comparable = innermost_vec_env(env).observation_space == env.observation_space
+        model = find_transition(env_id) if env_id is not None and comparable else None
+        self._model = model if reward is not None else None
+        self._brancher = None if self._model is not None else self._make_brancher(env_id, model)
+
+    def _make_brancher(self, env_id: str | None, model: TransitionSpec | None) -> Brancher:
+        try:
+            return Brancher(self.env)
+        except ValueError as error:
+            hint = "" if model is None else f" {model.name} gives no rewards: pass a reward_function to use it."
+            raise ValueError(
+                f"group_by='action' needs the next states of {env_id or 'this environment'} for actions that were not "
+                "taken. There are three ways to have them: (1) a plugin with a transition model for it, beside a "
+                "reward_function; (2) an environment that can be copied (classic control, MuJoCo, ALE, most Python "
+                "environments); (3) SnapshotWrapper(env, family='replay') around it: exact for any seeded environment, but "
+                f"slow. group_by='state' works without.{hint} What stood in the way: {error}"
+            ) from error
+
+    @property
+    def source(self) -> str:
+        """Where next states come from, for people to read."""
+        if self._model is not None:
+            return f"next states from the transition model {self._model.name}"
+        assert self._brancher is not None
+        return f"next states from branches of the simulator ({', '.join(sorted(set(self._brancher.families)))})"
+
+    def begin_rollout(self) -> None:
+        """Call it before the first step of a rollout."""
+        self._snapshots.clear()
+        self.after_step()
+
+    def after_step(self) -> None:
+        """Call it after every step of the training environment."""
+        if self._brancher is not None:
+            self._snapshots.append(self._brancher.snapshot())
+
+    @th.no_grad()
+    def compare(
+        self, policy: ActorCriticPolicy, observations: Any, executed: th.Tensor, log_prob: th.Tensor, states: Any
+    ) -> tuple[th.Tensor, TrainingData]:
+        """
+        :param policy: collected the rollout
+        :param observations: as the policy saw them, ``[n_steps * n_envs, ...]``
+        :param executed: actions taken, alike
+        :param log_prob: of the actions taken, alike
+        :param states: observations in the environment's own units, alike; not needed where the simulator is branched
+        :return: scores ``[n_steps * n_envs, k]`` and the candidates as training data that lack advantages and weights
+        """
+        actions, old_log_prob = draw_candidates(policy, observations, executed, log_prob, self.group_size)
+        n, k = old_log_prob.shape
+        self.branch_steps = self.model_steps = 0
+        scores = []
+        for rows in th.arange(n).split(max(1, (BRANCH_CHUNK if self._model is None else MODEL_CHUNK) // k)):
+            simulator = self._simulator(rows.repeat_interleave(k), states, log_prob.device)
+            first = actions[rows].flatten(0, 1)
+            scores.append(look_ahead(simulator, first, policy, self.reward, self.horizon, self.gamma).view(-1, k))
+            if self._model is None:
+                self.branch_steps += simulator.n_steps
+            else:
+                self.model_steps += simulator.n_steps
+        space = policy.action_space
+        enumerated = isinstance(space, spaces.Discrete) and space.n <= self.group_size
+        empty = th.empty(0, device=old_log_prob.device)
+        return th.cat(scores), TrainingData(observations, actions, old_log_prob, empty, empty, enumerated=enumerated)
+
+    def _simulator(self, rows: th.Tensor, states: Any, device: th.device) -> Simulator:
+        """Simulators in these visited states, ready to be stepped."""
+        if self._model is not None:
+            observe = frozen_normalization(self.env, device)
+            return ModelSimulator(self._model, map_observation(lambda values: values[rows], states), observe)
+        assert self._brancher is not None
+        steps, envs = (rows // self.env.num_envs).tolist(), (rows % self.env.num_envs).tolist()
+        return self._brancher.simulate([self._snapshots[step][env] for step, env in zip(steps, envs, strict=True)], device)

@@ -20,11 +20,11 @@ class ActorPolicy(ActorCriticPolicy):
     accepted and have nothing to act on. Adam, the default optimizer, is the fused one.
     """
 
-    def __init__(self, *args: Any, optimizer_class: type[th.optim.Optimizer] = th.optim.Adam, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs["share_features_extractor"] = True
-        if kwargs.get("optimizer_kwargs") is None and optimizer_class is th.optim.Adam:
+        if kwargs.get("optimizer_kwargs") is None and kwargs.get("optimizer_class", th.optim.Adam) is th.optim.Adam:
             kwargs["optimizer_kwargs"] = dict(eps=1e-5, fused=True)
-        super().__init__(*args, optimizer_class=optimizer_class, **kwargs)
+        super().__init__(*args, **kwargs)
 
     def _build_mlp_extractor(self) -> None:
         layers = self.net_arch.get("pi", []) if isinstance(self.net_arch, dict) else self.net_arch
@@ -38,7 +38,7 @@ class ActorPolicy(ActorCriticPolicy):
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
         del self.value_net
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """

@@ -29,7 +29,7 @@ def follow(values: Array, last: Array, ends: Sequence[tuple[int, int]], end_valu
     :return: ``[n_steps, n_envs, ...]``
     """
     after = th.cat((values[1:], last[None])) if isinstance(values, th.Tensor) else np.concatenate((values[1:], last[None]))
-    if ends:
+    if end_values is not None:
         steps, envs = zip(*ends, strict=True)
         after[list(steps), list(envs)] = end_values
     return after
