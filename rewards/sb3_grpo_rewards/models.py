@@ -92,6 +92,9 @@ def acrobot(state: th.Tensor, action: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
     Acrobot-v1: one Runge-Kutta step of fourth order.
 
+    In float32 the error of a step is below 1e-5 up to half of the speed limits. At the limits a step magnifies rounding
+    to 1e-3 (0.1 % of the states there): pass float64 where that matters.
+
     :param state: ``[B, 6]``: cosine and sine of the first angle, of the second (relative to the first), and the two
         angular velocities (rad/s)
     :param action: int64 ``[B, 1]``: torque -1, 0 or 1 N m
