@@ -103,7 +103,7 @@ def test_empty_variable_turns_all_off(install: Install, monkeypatch: pytest.Monk
     install("tiny-rewards")
     install("broken-import")
     monkeypatch.setenv(plugins.ENVIRONMENT_VARIABLE, "")
-    with pytest.raises(ValueError, match="Turned off by .* broken-import, tiny-rewards"):
+    with pytest.raises(ValueError, match=r"Turned off by .* broken-import, tiny-rewards"):
         rewards.get_reward("tiny/upright")
     assert "tiny_rewards" not in sys.modules
 

@@ -115,9 +115,9 @@ def test_duplicate_name_is_refused_in_either_order(registry: Registries) -> None
         assert both.clashes() == {"a/b": ["one", "two"]}
         assert both.get("a/c").name == "a/c", "others are not concerned"
         assert [spec.name for spec in both.bound_to("Pendulum-v1")] == ["a/c"]
-        for ask in (lambda: both.get("a/b"), lambda: both.bound_to("CartPole-v1")):
+        for ask, argument in ((both.get, "a/b"), (both.bound_to, "CartPole-v1")):
             with pytest.raises(ValueError, match="one and two") as caught:
-                ask()
+                ask(argument)
             messages.add(str(caught.value))
     assert len(messages) == 1
 
@@ -148,7 +148,7 @@ def test_auto_needs_exactly_one(registry: Registries) -> None:
     with pytest.raises(ValueError, match="has none"):
         resolve_reward("auto", None)
     add(registry, "b/pole", "CartPole-*")
-    with pytest.raises(ValueError, match="2 rewards are bound to CartPole-v1.*: a/pole, b/pole"):
+    with pytest.raises(ValueError, match=r"2 rewards are bound to CartPole-v1.*: a/pole, b/pole"):
         resolve_reward("auto", "CartPole-v1")
     assert [spec.name for spec in rewards_for("CartPole-v1")] == ["a/pole", "b/pole"]
     assert [spec.name for spec in rewards_for("CartPole-v0")] == ["b/pole"]
@@ -292,7 +292,7 @@ def test_transition() -> None:
 
     found, _ = evaluate_transition(TransitionSpec("a/b", ("*",), both), {"x": STATE, "y": ACTION}, ACTION)
     assert th.equal(found["y"], ACTION + 1)
-    with pytest.raises(ValueError, match="expected {x:"):
+    with pytest.raises(ValueError, match=r"expected \{x:"):
         evaluate_transition(TransitionSpec("a/b", ("*",), lambda s, a: ({}, s["x"][:, 0] > 0)), {"x": STATE}, ACTION)
 
 
@@ -318,7 +318,7 @@ def test_check_transition_finds_each_fault() -> None:
         return next_state + (len(s) == 1), terminated
 
     check(pole.function)
-    with pytest.raises(ValueError, match="is off by 2.*e-05 in step"):
+    with pytest.raises(ValueError, match=r"is off by 2.*e-05 in step"):
         check(shifted)
     with pytest.raises(ValueError, match=r"terminates differently in \d+ of 200 steps"):
         check(immortal)
