@@ -249,6 +249,9 @@ class Mujoco(Deepcopy):
     """
     Everything that the integration depends on, as one vector, and the derived arrays that environments read before a step.
 
+    The model is shared and not part of the state: where an environment changes it (domain randomization), branches run with
+    the model of the moment they run in.
+
     :param base: an environment with a MuJoCo ``model`` and ``data``
     """
 
@@ -478,8 +481,8 @@ class EnvCopier:
         except (AttributeError, ImportError) as error:
             raise ValueError(f"The snapshot family {family_class.name!r} does not suit {env}: {error}.") from error
         stack = list(_layers(env))
-        self._branch_layers = [layer for layer in stack if not isinstance(layer, RECORD_LAYERS + LIMIT_LAYERS)]
-        self._state_layers = [layer for layer in stack if not isinstance(layer, RECORD_LAYERS)]
+        self._state_layers = [layer for layer in stack if not _keeps_records(layer)]
+        self._branch_layers = [layer for layer in self._state_layers if not isinstance(layer, LIMIT_LAYERS)]
         self._refs = self._make_refs(stack)
         self._templates = {id(layer): self._template(layer) for layer in self._state_layers}
         self._pool: list[gym.Env] = []  # simulators for replays, to be used again
@@ -755,6 +758,11 @@ class EnvCopier:
                 )
             if steps[0][2]:
                 return
+
+
+def _keeps_records(layer: gym.Env) -> bool:
+    # SnapshotWrapper, which this module does not know: further in than another one it is not used
+    return isinstance(layer, RECORD_LAYERS) or hasattr(type(layer), "branch_call")
 
 
 def _layers(env: gym.Env) -> Iterator[gym.Env]:

@@ -58,7 +58,7 @@ def ensure_wrapped(
     envs = getattr(base, "envs", None)
     if isinstance(envs, list):
         for index, inner in enumerate(envs):
-            present = isinstance(inner, wrapper_class) if outermost else _has_layer(inner, wrapper_class)
+            present = isinstance(inner, wrapper_class) if outermost else _find_layer(inner, wrapper_class) is not None
             if not present:
                 envs[index] = wrapper_class(inner, **kwargs)
         return
@@ -82,12 +82,12 @@ def ensure_wrapped(
             )
 
 
-def _has_layer(env: gym.Env, wrapper_class: type[gym.Wrapper]) -> bool:
+def _find_layer(env: gym.Env, wrapper_class: type[gym.Wrapper]) -> gym.Wrapper | None:
     while isinstance(env, gym.Wrapper):
         if isinstance(env, wrapper_class):
-            return True
+            return env
         env = env.env
-    return False
+    return None
 
 
 class RewardFunctionWrapper(gym.Wrapper, RecordConstructorArgs):
@@ -269,8 +269,9 @@ class SnapshotWrapper(gym.Wrapper, RecordConstructorArgs):
 
     :param env: environment to wrap
     :param family: how the simulator's state is taken: ``"deepcopy"``, ``"mujoco"``, ``"ale"``, ``"replay"`` or ``"auto"``,
-        which picks one but never ``"replay"``: its branches cost the length of the episode so far. Replay is for Box2D,
-        and gives those environments a new physics world at each reset (see ``snapshots.Replay``).
+        which picks one (or what a SnapshotWrapper further in was told) but never ``"replay"``, whose branches cost the
+        length of the episode so far. Replay is for Box2D, and gives those environments a new physics world at each reset
+        (see ``snapshots.Replay``).
     :raises ValueError: unknown family. Whether it suits the environment shows when the first snapshot is taken.
     """
 
@@ -280,6 +281,9 @@ class SnapshotWrapper(gym.Wrapper, RecordConstructorArgs):
         if family not in FAMILIES:
             raise ValueError(f"SnapshotWrapper: family is {family!r}; expected one of {', '.join(map(repr, FAMILIES))}.")
         self.family = family
+        inner = _find_layer(env, SnapshotWrapper)
+        if family == "auto" and isinstance(inner, SnapshotWrapper):
+            self.family = inner.family
         self.last_observation: Any = None
         self.last_action: Any = None
         self._copier: EnvCopier | None = None

@@ -576,6 +576,12 @@ def test_branching_can_start_in_a_running_episode():
     np.testing.assert_array_equal(simulator.step(np.array([1, 1]))[0], env.step(np.array([1, 1]))[0])
 
 
+def test_a_wrapper_further_in_says_which_family():
+    env = DummyVecEnv([lambda: NoisyActions(SnapshotWrapper(gym.make("CartPole-v1"), family="replay"))])
+    brancher = Brancher(env)
+    assert brancher.families == ["replay"] and brancher.base.envs[0].copier.kind[2] == ("NoisyActions",)
+
+
 def test_branches_ignore_time_limits():
     env = DummyVecEnv([lambda: gym.make("Pendulum-v1", max_episode_steps=2)])
     brancher = Brancher(env)
