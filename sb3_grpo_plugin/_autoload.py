@@ -1,7 +1,8 @@
 """
 Lets our functions see RL Zoo's modules right after they were executed, and before anybody uses them.
 
-Imported when ``rl_zoo3`` is about to be imported (``_startup.py``), or by :func:`sb3_grpo_plugin.zoo.register`.
+Imported when ``rl_zoo3`` is about to be imported (by the start-up line, see ``pyproject.toml``), or by
+:func:`sb3_grpo_plugin.zoo.register`.
 Nothing but the standard library, and no module of this package before the zoo has loaded the one that it joins.
 """
 
@@ -32,9 +33,9 @@ def install() -> None:
     Watch for the modules above, and join those that are there already. Calling it again changes nothing.
     """
     if not any(isinstance(finder, JointFinder) for finder in sys.meta_path):
-        # Right behind the start-up line's function, which is its own find_spec: while that one runs, the import system is
-        # walking this very list, and would not come back to an earlier place for `rl_zoo3`
-        waiting = [index for index, finder in enumerate(sys.meta_path) if getattr(finder, "find_spec", None) is finder]
+        # Right behind the start-up line's function: while that one runs, the import system is walking this very list, and
+        # would not come back to an earlier place for `rl_zoo3`
+        waiting = [index for index, finder in enumerate(sys.meta_path) if hasattr(finder, "sb3_grpo")]
         sys.meta_path.insert(waiting[0] + 1 if waiting else 0, JointFinder())
     for name in JOINTS:
         if name in sys.modules:

@@ -113,7 +113,7 @@ def _join_children() -> None:
     """Let interpreters that this one starts join the zoo too."""
     # Asking for this command by name outweighs the switch
     os.environ.pop("SB3_GRPO_AUTOLOAD", None)
-    # The start-up line's function is its own find_spec; where it did not run here, it will not run in children either
-    if not any(getattr(finder, "find_spec", None) is finder for finder in sys.meta_path):
+    # Where the start-up line did not run here, it will not run in children either
+    if not any(hasattr(finder, "sb3_grpo") for finder in sys.meta_path):
         paths = [str(Path(__file__).parent / "_children"), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

@@ -95,7 +95,7 @@ def test_editable_install(make_environment: Callable[..., Environment], checkout
         assert environment.run("-c", "", cwd=tmp_path).stderr == ""
         done = environment.run("-c", "import rl_zoo3; print('grpo' in rl_zoo3.ALGOS)", cwd=tmp_path)
         assert done.stdout.strip() == "False"
-        assert "sb3-grpo-plugin: RL Zoo starts without it: ModuleNotFoundError" in done.stderr
+        assert "sb3-grpo-plugin is off: ModuleNotFoundError" in done.stderr
     finally:
         shutil.move(tmp_path / "elsewhere", checkout)
 
