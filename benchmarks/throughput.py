@@ -1,0 +1,109 @@
+"""
+Steps per second of GRPO beside SB3's PPO (and SBX's, where it is installed): same rollout, batch, epochs and network.
+
+    python benchmarks/throughput.py [--env CartPole-v1 HalfCheetah-v5] [--rounds 5] [--threads 1]
+
+The algorithms take turns, one process each, so that a change of the machine's speed hits all of them; the table holds medians.
+`bound` is the environments plus the policy's forward pass: no on-policy learner can be faster.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+N_ENVS, N_STEPS, BATCH_SIZE, N_EPOCHS = 8, 256, 256, 10
+WARM_UP, MEASURED = 3, 10
+
+
+def make_model(algo: str, env_id: str) -> Any:
+    """
+    :param algo: "ppo", "grpo", "bound" or "sbx"
+    :param env_id: environment ID
+    :return: an algorithm that is ready to learn
+    """
+    from stable_baselines3.common.env_util import make_vec_env
+
+    if algo == "sbx":
+        from sbx import PPO as Algorithm
+    elif algo == "ppo":
+        from stable_baselines3 import PPO as Algorithm
+    else:
+        from sb3_grpo_plugin import GRPO as Algorithm
+    options = dict(n_steps=N_STEPS, batch_size=BATCH_SIZE, n_epochs=N_EPOCHS, seed=0, device="cpu")
+    return Algorithm("MlpPolicy", make_vec_env(env_id, N_ENVS, seed=0), **options)
+
+
+def measure(algo: str, env_id: str, threads: int) -> dict[str, float]:
+    """
+    :param algo: see :func:`make_model`
+    :param env_id: environment ID
+    :param threads: of torch
+    :return: microseconds per step in all, in ``train`` and in the group baseline; peak memory in MiB
+    """
+    import resource
+
+    import torch as th
+
+    th.set_num_threads(threads)
+    model = make_model(algo, env_id)
+    spent = {"train": 0.0, "baseline": 0.0}
+
+    def timed(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            spent[name] += time.perf_counter() - start
+            return result
+
+        return call
+
+    model.train = timed("train", (lambda: None) if algo == "bound" else model.train)
+    steps = N_ENVS * N_STEPS
+    if algo in ("grpo", "bound"):
+        compute = model._compute_advantages if algo == "grpo" else (lambda *args, **kwargs: None)
+        model.rollout_buffer.compute_returns_and_advantage = timed("baseline", compute)
+    model.learn(WARM_UP * steps)
+    spent.update(train=0.0, baseline=0.0)
+    start = time.perf_counter()
+    model.learn(MEASURED * steps, reset_num_timesteps=False)
+    total = time.perf_counter() - start
+    per_step = {name: 1e6 * seconds / (MEASURED * steps) for name, seconds in (("total", total), *spent.items())}
+    return {**per_step, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", nargs="+", default=["CartPole-v1", "HalfCheetah-v5"])
+    parser.add_argument("--algos", nargs="+", default=["ppo", "grpo", "bound"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(measure(*args.child, args.threads)))
+        return
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    print(f"{'env':16} {'algo':6} {'steps/s':>8} {'us/step':>8} {'train':>7} {'baseline':>8} {'MiB':>5} {'x PPO':>6}")
+    for env_id in args.env:
+        results: dict[str, list[dict[str, float]]] = {algo: [] for algo in args.algos}
+        for _ in range(args.rounds):
+            for algo in args.algos:
+                command = [sys.executable, __file__, "--threads", str(args.threads), "--child", algo, env_id]
+                output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+                results[algo].append(json.loads(output.splitlines()[-1]))
+        for algo, rows in results.items():
+            row = {name: statistics.median(one[name] for one in rows) for name in rows[0]}
+            ratios = [ppo["total"] / own["total"] for ppo, own in zip(results.get("ppo", rows), rows, strict=True)]
+            print(
+                f"{env_id:16} {algo:6} {1e6 / row['total']:8,.0f} {row['total']:8.1f} {row['train']:7.1f} "
+                f"{row['baseline']:8.1f} {row['memory']:5.0f} {statistics.median(ratios):6.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
