@@ -81,6 +81,14 @@ class _GeneratorState:
     state: Any
 
 
+@dataclass(frozen=True)
+class _Closure:
+    """A function in a snapshot that closes over layers or over something that can be written to."""
+
+    function: types.FunctionType
+    contents: tuple
+
+
 class _NoSeed(np.random.bit_generator.ISeedSequence):
     """Makes a bit generator whose state is set right after: seeding one properly takes longer than all the rest."""
 
@@ -122,6 +130,26 @@ def _method(value: types.MethodType, memo: Memo) -> types.MethodType:
     return types.MethodType(value.__func__, _copy(value.__self__, memo))
 
 
+def _function(value: types.FunctionType, memo: Memo) -> Any:
+    try:
+        contents = tuple(cell.cell_contents for cell in value.__closure__ or ())
+    except ValueError:  # a cell that is not filled yet
+        return value
+    # AddRenderObservation renders the environment in a lambda; what deepcopy would have to copy is left alone
+    if all(_copier_of(content) in (_keep, _own, copy.deepcopy) for content in contents):
+        return value
+    memo[id(value)] = value  # it may close over itself
+    return _Closure(value, tuple(_copy(content, memo) for content in contents))
+
+
+def _closure(value: _Closure, memo: Memo) -> types.FunctionType:
+    original = value.function
+    cells = tuple(types.CellType(_copy(content, memo)) for content in value.contents)
+    function = types.FunctionType(original.__code__, original.__globals__, original.__name__, original.__defaults__, cells)
+    function.__kwdefaults__ = original.__kwdefaults__
+    return function
+
+
 def _sequence(value: Any, memo: Memo) -> Any:
     if any(_copier_of(item) is _drop for item in value):
         return None  # a list of sprites: environments load them again when it is None
@@ -146,13 +174,15 @@ def _environment(value: gym.Env, memo: Memo) -> Any:
 
 _ATOMS: tuple[type, ...] = (
     *(bool, int, float, complex, str, bytes, type(None), type, range, slice, enum.Enum, np.generic, np.dtype),
-    *(th.dtype, th.device, types.FunctionType, types.BuiltinFunctionType, types.ModuleType),
+    *(th.dtype, th.device, types.BuiltinFunctionType, types.ModuleType),
 )
 _COPIERS: dict[type, Callable[[Any, Memo], Any]] = {
     np.ndarray: _array,
     np.random.Generator: _generator,
     _GeneratorState: _generator_state,
+    types.FunctionType: _function,
     types.MethodType: _method,
+    _Closure: _closure,
     list: _sequence,
     tuple: _sequence,
     set: _sequence,
@@ -515,6 +545,8 @@ class EnvCopier:
                     template[name] = self.family.owned[key]
             elif copier in (_keep, _own, _drop):
                 template[name] = copier(value, {})
+            elif copier is _function and _function(value, dict(self._refs)) is value:
+                template[name] = value
         return template
 
     def _kind(self) -> tuple:

@@ -265,7 +265,7 @@ class SnapshotWrapper(gym.Wrapper, RecordConstructorArgs):
     ``TimeLimit``, with random generators of their own. A branch draws the noise that the environment itself would have
     drawn next, so the branches of one snapshot share it.
 
-    Out of reach are closures over the environment, files, and threads; an attribute that cannot be copied is an error.
+    Out of reach are global variables, threads and files; an attribute that cannot be copied is an error.
 
     :param env: environment to wrap
     :param family: how the simulator's state is taken: ``"deepcopy"``, ``"mujoco"``, ``"ale"``, ``"replay"`` or ``"auto"``,

@@ -40,7 +40,7 @@ class NoisyActions(gym.Wrapper):
 
 
 class Scribbles(gym.Wrapper):
-    """State of many kinds: arrays changed in place, containers, generators, methods, references to layers."""
+    """State of many kinds: arrays changed in place, containers, generators, methods, closures, references to layers."""
 
     def __init__(self, env):
         super().__init__(env)
@@ -51,6 +51,8 @@ class Scribbles(gym.Wrapper):
         self.rewards = self.history["actions"]
         self.core = env.unwrapped
         self.method = self.bump
+        calls = []
+        self.closure = lambda: calls.append(self.alias[0]) or len(calls)
 
     def bump(self):
         self.sums[0] += 1
@@ -59,7 +61,7 @@ class Scribbles(gym.Wrapper):
     def step(self, action):
         obs, _, terminated, truncated, info = self.env.step(action)
         self.rewards.append(int(action))
-        value = self.method() + self.alias[0] + len(self.history["actions"]) + self.core.state[0]
+        value = self.method() + self.alias[0] + len(self.history["actions"]) + self.core.state[0] + self.closure()
         return obs, value, terminated, truncated, info
 
 
@@ -543,13 +545,22 @@ def test_unknown_vec_wrappers_are_named():
 
 def test_a_rendered_environment_can_be_branched():
     pytest.importorskip("pygame")
-    for env_id in ("CartPole-v1", "FrozenLake-v1"):
-        env = DummyVecEnv([lambda env_id=env_id: gym.make(env_id, render_mode="rgb_array")])
+    for env_id, layer in [("CartPole-v1", None), ("FrozenLake-v1", None), ("CartPole-v1", gym.wrappers.AddRenderObservation)]:
+
+        def make(env_id=env_id, layer=layer):
+            env = gym.make(env_id, render_mode="rgb_array")
+            return layer(env) if layer else env
+
+        env = DummyVecEnv([make])
         brancher = Brancher(env)
         env.reset()
         env.envs[0].render()
+        for _ in range(5):
+            env.step(np.array([1]))
         simulator = brancher.simulate(brancher.snapshot() * 2)
-        simulator.step(np.array([0, 1]))
+        next_state, _, _ = simulator.step(np.array([0, 1]))
+        obs, _, dones, infos = env.step(np.array([1]))
+        np.testing.assert_array_equal(next_state[1], infos[0]["terminal_observation"] if dones[0] else obs[0])
         assert env.envs[0].render().any()
         env.close()
 
