@@ -8,7 +8,8 @@ import pytest
 import yaml
 from conftest import Environment
 
-PLUGINS = Path(__file__).parent / "plugins"
+ROOT = Path(__file__).resolve().parents[1]
+PLUGINS = ROOT / "tests" / "plugins"
 BROKEN = ("broken-duplicate", "broken-hook", "broken-import", "broken-reward", "broken-type")
 SHORT = ("--env", "CartPole-v1", "-n", "128", "--eval-freq", "-1", "--device", "cpu", "--seed", "1")
 SMALL = ("n_envs:1", "n_steps:64", "batch_size:64", "n_epochs:1", "n_timesteps:128")
@@ -79,15 +80,18 @@ for name in ("tiny/upright", "broken-reward/raises"):
     assert "RuntimeError The reward function 'broken-reward/raises' raised IndexError" in printed
 
 
-def test_new_plugin_is_a_package_that_pip_installs(
+def test_new_plugin_is_a_package_beside_our_own_pack(
     make_environment: Callable[..., Environment],
     wheel: Path,
     tmp_path: Path,
 ) -> None:
     environment = make_environment(wheel)
     environment.run("-m", "sb3_grpo_plugin", "new-plugin", "my-rewards", cwd=tmp_path)
-    environment.pip("install", tmp_path / "my-rewards")
+    environment.pip("install", tmp_path / "my-rewards", ROOT / "rewards")
     rows = json.loads(
         environment.run("-m", "sb3_grpo_plugin", "rewards", "--env", "CartPole-v1", "--json", cwd=tmp_path).stdout
     )
-    assert [(row["name"], row["distribution"]) for row in rows] == [("my-rewards/upright", "my-rewards")]
+    assert [(row["name"], row["distribution"]) for row in rows] == [
+        ("classic/cartpole-upright", "sb3-grpo-rewards"),
+        ("my-rewards/upright", "my-rewards"),
+    ]
