@@ -3,10 +3,16 @@
 Time runs along the first dimension everywhere: ``[n_steps, n_envs, ...]``. Every function works on any device.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+import numpy as np
 import torch as th
+
+Array = TypeVar("Array", np.ndarray, th.Tensor)
 
 SCALES = ("batch", "group", "none")
 SUPERVISIONS = ("process", "outcome")
@@ -42,6 +48,23 @@ def reverse_scan(x: th.Tensor, decay: th.Tensor) -> th.Tensor:
     return y
 
 
+def follow(values: Array, last: Array, ends: Sequence[tuple[int, int]], end_values: Array | None) -> Array:
+    """
+    What came after each step: the next row, except where an episode ended.
+
+    :param values: ``[n_steps, n_envs, ...]``
+    :param last: ``[n_envs, ...]``, what came after the last step
+    :param ends: step and environment of the steps whose successor is not in the next row
+    :param end_values: ``[len(ends), ...]``, their successors; ``None`` if there are none
+    :return: ``[n_steps, n_envs, ...]``
+    """
+    after = th.cat((values[1:], last[None])) if isinstance(values, th.Tensor) else np.concatenate((values[1:], last[None]))
+    if end_values is not None:
+        steps, envs = zip(*ends, strict=True)
+        after[list(steps), list(envs)] = end_values
+    return after
+
+
 def fragment_ids(episode_starts: th.Tensor) -> th.Tensor:
     """
     Number the fragments of a rollout: the stretches of one environment between resets or rollout borders.
@@ -59,7 +82,7 @@ def assign_folds(fragments: th.Tensor, block_length: float) -> tuple[th.Tensor, 
     Deal a rollout's fragments into folds; a step's group is what lies outside the folds that its own fold excludes.
 
     With at least four fragments a fold holds whole fragments and excludes itself. With fewer, fragments are cut into
-    blocks of at least ``block_length`` steps dealt round-robin, and a fold also excludes both its neighbours.
+    blocks of at least ``block_length`` steps dealt round-robin, and a fold also excludes its neighbours.
 
     :param fragments: ``[n_steps, n_envs]``, see :func:`fragment_ids`
     :param block_length: the number of steps after which a step's own return no longer matters
@@ -79,10 +102,15 @@ def assign_folds(fragments: th.Tensor, block_length: float) -> tuple[th.Tensor, 
     for size, n in zip(sizes.tolist(), blocks_of, strict=True):
         block_ids.append(n_blocks + th.arange(size, device=fragments.device) * n // size)
         n_blocks += n
-    folds = (th.cat(block_ids) % min(N_BLOCK_FOLDS, n_blocks)).view(fragments.shape[1], fragments.shape[0]).T
-    ring = th.arange(min(N_BLOCK_FOLDS, n_blocks), device=fragments.device)
+    n_folds = min(N_BLOCK_FOLDS, n_blocks)
+    folds = (th.cat(block_ids) % n_folds).view(fragments.shape[1], fragments.shape[0]).T
+    ring = th.arange(n_folds, device=fragments.device)
     distance = (ring[:, None] - ring[None, :]).abs()
-    return folds, th.minimum(distance, len(ring) - distance) <= 1
+    if n_blocks > n_folds:
+        return folds, th.minimum(distance, n_folds - distance) <= 1
+    # A fold is one block: only blocks of one fragment are neighbours, or the few blocks of a short rollout had no group
+    owner = th.arange(len(sizes), device=fragments.device).repeat_interleave(th.tensor(blocks_of, device=fragments.device))
+    return folds, (distance <= 1) & (owner[:, None] == owner[None, :])
 
 
 @dataclass
@@ -163,7 +191,9 @@ class Visits:
     A rollout as state groups see it.
 
     :param features: ``[n_steps, n_envs, dim]``: where the environment was
-    :param next_features: ``[n_steps, n_envs, dim]``: where it came to, before any reset
+    :param last_features: ``[n_envs, dim]``: where it was after the last step
+    :param ends: step and environment of each end of an episode
+    :param end_features: ``[len(ends), dim]``: where it was then, before the reset; ``None`` if no episode ended
     :param rewards: ``[n_steps, n_envs]``
     :param episode_starts: ``[n_steps, n_envs]``, 1 where an episode begins
     :param dones: ``[n_steps, n_envs]``, 1 where an episode ended, by termination or time limit
@@ -171,7 +201,9 @@ class Visits:
     """
 
     features: th.Tensor
-    next_features: th.Tensor
+    last_features: th.Tensor
+    ends: Sequence[tuple[int, int]]
+    end_features: th.Tensor | None
     rewards: th.Tensor
     episode_starts: th.Tensor
     dones: th.Tensor
@@ -246,7 +278,9 @@ class StateGroups:
         """
         self._whiten(visits.features)
         phi = self._embed(visits.features)
-        after = self._embed(visits.next_features) * (self.gamma * (1.0 - visits.terminated))[..., None]
+        end_phi = None if visits.end_features is None else self._embed(visits.end_features)
+        after = follow(phi, self._embed(visits.last_features), visits.ends, end_phi)
+        after = after * (self.gamma * (1.0 - visits.terminated))[..., None]
         decay = (self.gamma * self.gae_lambda * (1.0 - visits.dones))[..., None]
         fragments = fragment_ids(visits.episode_starts)
         folds, excludes = assign_folds(fragments, block_length(self.gamma, self.gae_lambda))
@@ -397,7 +431,7 @@ class EpisodeGroups:
         for env in range(self.n_envs):
             group, member = divmod(env, self.group_size)
             borders = [0, *(step for step in range(1, len(rewards)) if starts[step][env]), len(rewards)]
-            for first, last in zip(borders[:-1], borders[1:], strict=True):
+            for first, last in itertools.pairwise(borders):
                 if starts[first][env]:
                     self._running[env] += 1
                 key = (group, self._running[env])
