@@ -5,14 +5,9 @@ Time runs along the first dimension everywhere: ``[n_steps, n_envs, ...]``. Ever
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
-import numpy as np
 import torch as th
-
-Array = TypeVar("Array", np.ndarray, th.Tensor)
 
 SCALES = ("batch", "group", "none")
 SUPERVISIONS = ("process", "outcome")
@@ -46,23 +41,6 @@ def reverse_scan(x: th.Tensor, decay: th.Tensor) -> th.Tensor:
         decay[-stride:] = 0.0
         stride *= 2
     return y
-
-
-def follow(values: Array, last: Array, ends: Sequence[tuple[int, int]], end_values: Array | None) -> Array:
-    """
-    What came after each step: the next row, except where an episode ended.
-
-    :param values: ``[n_steps, n_envs, ...]``
-    :param last: ``[n_envs, ...]``, what came after the last step
-    :param ends: step and environment of the steps whose successor is not in the next row
-    :param end_values: ``[len(ends), ...]``, their successors; ``None`` if there are none
-    :return: ``[n_steps, n_envs, ...]``
-    """
-    after = th.cat((values[1:], last[None])) if isinstance(values, th.Tensor) else np.concatenate((values[1:], last[None]))
-    if end_values is not None:
-        steps, envs = zip(*ends, strict=True)
-        after[list(steps), list(envs)] = end_values
-    return after
 
 
 def fragment_ids(episode_starts: th.Tensor) -> th.Tensor:
@@ -191,9 +169,7 @@ class Visits:
     A rollout as state groups see it.
 
     :param features: ``[n_steps, n_envs, dim]``: where the environment was
-    :param last_features: ``[n_envs, dim]``: where it was after the last step
-    :param ends: step and environment of each end of an episode
-    :param end_features: ``[len(ends), dim]``: where it was then, before the reset; ``None`` if no episode ended
+    :param next_features: ``[n_steps, n_envs, dim]``: where it came to, before any reset
     :param rewards: ``[n_steps, n_envs]``
     :param episode_starts: ``[n_steps, n_envs]``, 1 where an episode begins
     :param dones: ``[n_steps, n_envs]``, 1 where an episode ended, by termination or time limit
@@ -201,9 +177,7 @@ class Visits:
     """
 
     features: th.Tensor
-    last_features: th.Tensor
-    ends: Sequence[tuple[int, int]]
-    end_features: th.Tensor | None
+    next_features: th.Tensor
     rewards: th.Tensor
     episode_starts: th.Tensor
     dones: th.Tensor
@@ -278,9 +252,7 @@ class StateGroups:
         """
         self._whiten(visits.features)
         phi = self._embed(visits.features)
-        end_phi = None if visits.end_features is None else self._embed(visits.end_features)
-        after = follow(phi, self._embed(visits.last_features), visits.ends, end_phi)
-        after = after * (self.gamma * (1.0 - visits.terminated))[..., None]
+        after = self._embed(visits.next_features) * (self.gamma * (1.0 - visits.terminated))[..., None]
         decay = (self.gamma * self.gae_lambda * (1.0 - visits.dones))[..., None]
         fragments = fragment_ids(visits.episode_starts)
         folds, excludes = assign_folds(fragments, block_length(self.gamma, self.gae_lambda))

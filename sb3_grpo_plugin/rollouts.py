@@ -7,8 +7,8 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize, is_vecenv_wrapped, unwrap_vec_normalize
 
-Observation = np.ndarray | dict[str, np.ndarray]
 Array = TypeVar("Array", np.ndarray, th.Tensor)
+Observation = np.ndarray | dict[str, np.ndarray]
 
 
 def map_observation(function: Callable[..., Any], *observations: Any) -> Any:
