@@ -1,0 +1,127 @@
+"""Tables and figures of ``sb3-grpo benchmark``."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sb3_grpo_plugin.benchmark import RANDOM
+
+Run = dict[str, Any]
+
+
+def by_algorithm(runs: Sequence[Run], env: str) -> dict[str, list[Run]]:
+    """
+    :param runs: of all environments
+    :param env: environment ID
+    :return: algorithm -> its runs there; acting at random comes last
+    """
+    algos = sorted({run["algo"] for run in runs}, key=lambda algo: (algo == RANDOM, algo))
+    return {algo: [run for run in runs if run["env"] == env and run["algo"] == algo] for algo in algos}
+
+
+def cell(runs: Sequence[Run]) -> str:
+    """
+    :param runs: of one algorithm in one environment
+    :return: mean and standard deviation over seeds, and what failed
+    """
+    scores = [run["score"] for run in runs if run["status"] == "finished"]
+    failed = len(runs) - len(scores)
+    words = []
+    if scores:
+        spread = f" +/- {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+        words.append(f"{statistics.mean(scores):.1f}{spread}")
+    if failed:
+        words.append(f"**{failed} failed**")
+    return ", ".join(words) or "-"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """
+    :param header: column names
+    :param rows: the cells
+    :return: Markdown
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(word).replace("|", "\\|") for word in line) + " |" for line in lines)
+
+
+def score_table(runs: Sequence[Run]) -> str:
+    """
+    :param runs: finished and failed ones
+    :return: environments x algorithms
+    """
+    envs = list(dict.fromkeys(run["env"] for run in runs))
+    algos = list(by_algorithm(runs, ""))
+    rows = []
+    for env in envs:
+        found = by_algorithm(runs, env)
+        trained = [run for run in runs if run["env"] == env and run["algo"] != RANDOM]
+        seeds = len({run["seed"] for run in trained})
+        rows.append([env, trained[0]["budget"] if trained else "-", seeds, *(cell(found[algo]) for algo in algos)])
+    return markdown_table(["environment", "simulator steps", "seeds", *algos], rows)
+
+
+def run_table(runs: Sequence[Run]) -> str:
+    """
+    :param runs: finished and failed ones
+    :return: one line each
+    """
+    header = ["environment", "algorithm", "seed", "score", "std of episodes", "simulator steps", "model steps", "updates"]
+    header += ["training s", "steps/s", "peak MB", "note"]
+    rows = []
+    for run in runs:
+        row = [run["env"], run["algo"], run["seed"]]
+        if run["status"] == "failed":
+            rows.append([*row, *["-"] * 8, f"failed: {run['error']}"])
+            continue
+        names = ("simulator_steps", "model_steps", "updates", "train_seconds", "steps_per_second", "peak_memory_mb")
+        figures = ["-" if run.get(name) is None else run[name] for name in names]
+        note = "never updated: the budget is less than its first rollout" if run.get("updates") == 0 else ""
+        rows.append([*row, f"{run['score']:.1f}", f"{run['score_std']:.1f}", *figures, note])
+    return markdown_table(header, rows)
+
+
+def text_report(runs: Sequence[Run], command: str) -> str:
+    """
+    :param runs: finished and failed ones
+    :param command: what the user called
+    :return: Markdown
+    """
+    done = [run for run in runs if run["status"] == "finished"]
+    versions = list(dict.fromkeys(", ".join(f"{name} {number}" for name, number in run["versions"].items()) for run in done))
+    machines = list(dict.fromkeys(", ".join(f"{name} {value}" for name, value in run["machine"].items()) for run in done))
+    episodes = sorted({len(run["returns"]) for run in done})
+    commands = list(dict.fromkeys(_any_seed(run) for run in runs if run["algo"] != RANDOM))
+    parts = [
+        "# Benchmark",
+        f"    {command}",
+        "Mean +/- standard deviation over seeds. A run's score is the mean return of "
+        f"{' or '.join(map(str, episodes)) or 'no'} deterministic episodes of its last policy: the one after the "
+        "last update that fitted into the simulator steps. "
+        f"`{RANDOM}` acts at random.",
+        score_table(runs),
+        "## Runs",
+        run_table(runs),
+        "## Commands",
+        "The zoo's own command of each run, which the benchmark stops at the budget and evaluates:",
+        "\n".join(f"    {line}" for line in commands),
+        "## Versions and machines",
+        "\n".join(f"- {line}" for line in [*versions, *machines]),
+    ]
+    if len(versions) > 1:
+        parts.append("**Not all runs were made with the same versions.**")
+    return "\n\n".join(parts) + "\n"
+
+
+def _any_seed(run: Run) -> str:
+    return run["command"].replace(f"--seed {run['seed']} ", "--seed SEED ")
+
+
+def write_report(out: Path, runs: Sequence[Run], command: str) -> None:
+    """
+    :param out: the output folder
+    :param runs: finished and failed ones
+    :param command: what the user called
+    """
+    (out / "benchmark.md").write_text(text_report(runs, command), encoding="utf-8")
