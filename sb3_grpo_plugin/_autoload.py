@@ -17,6 +17,8 @@ JOINTS = {
     "rl_zoo3": "sb3_grpo_plugin.zoo:join_algorithms",
     "rl_zoo3.exp_manager": "sb3_grpo_plugin.zoo:join_hyperparams",
     "rl_zoo3.hyperparams_opt": "sb3_grpo_plugin.zoo:join_optimization",
+    "huggingface_sb3": "sb3_grpo_plugin.zoo_repairs:let_files_be_absent",
+    "huggingface_sb3.push_to_hub": "sb3_grpo_plugin.zoo_repairs:supply_generate_metadata",
 }
 # Script of the zoo -> our function that mends its source. As __main__ it is beyond the reach of a joint
 SCRIPTS = {
