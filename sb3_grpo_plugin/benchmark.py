@@ -546,8 +546,9 @@ def _benchmark(args: argparse.Namespace, words: Sequence[str]) -> int:
     check_budgets(specs, collect(args.out))
     run_all(specs, args.out, LocalRuns(), args.jobs)
     runs = collect(args.out)
-    write_json(args.out / RESULTS, {"format": FORMAT, "version": __version__, "command": shlex.join(words), "runs": runs})
-    write_report(args.out, runs, shlex.join(words))
+    results = {"format": FORMAT, "version": __version__, "command": shlex.join(words), "runs": runs}
+    write_json(args.out / RESULTS, results)
+    write_json(args.out / RESULTS, {**results, "summary": write_report(args.out, runs, shlex.join(words))})
     asked = {(spec.algo, spec.env, spec.seed) for spec in specs}
     failed = [run for run in runs if run["status"] == "failed" and (run["algo"], run["env"], run["seed"]) in asked]
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""Tables and figures of ``sb3-grpo benchmark``."""
+"""The tables of ``sb3-grpo benchmark``, and where its figures go (``benchmark_figures.py``)."""
 
 import statistics
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import Any
 from sb3_grpo_plugin.benchmark import RANDOM
 
 Run = dict[str, Any]
+REPORT = "benchmark.md"
 
 
 def by_algorithm(runs: Sequence[Run], env: str) -> dict[str, list[Run]]:
@@ -82,10 +83,24 @@ def run_table(runs: Sequence[Run]) -> str:
     return markdown_table(header, rows)
 
 
-def text_report(runs: Sequence[Run], command: str) -> str:
+def summary_table(summary: dict[str, Any]) -> str:
+    """
+    :param summary: of ``benchmark_figures.draw``
+    :return: algorithms x statistics
+    """
+    rows = []
+    for algo, values in summary["normalized"].items():
+        cells = [f"{point:.2f} [{low:.2f}, {high:.2f}]" for point, low, high in values.values()]
+        rows.append([algo, summary["seeds"][algo], *cells])
+    return markdown_table(["algorithm", "seeds", "interquartile mean", "median", "mean"], rows)
+
+
+def text_report(runs: Sequence[Run], command: str, pictures: Sequence[str] = (), summary: dict[str, Any] | None = None) -> str:
     """
     :param runs: finished and failed ones
     :param command: what the user called
+    :param pictures: file names
+    :param summary: statistics over environments
     :return: Markdown
     """
     done = [run for run in runs if run["status"] == "finished"]
@@ -101,6 +116,8 @@ def text_report(runs: Sequence[Run], command: str) -> str:
         "last update that fitted into the simulator steps. "
         f"`{RANDOM}` acts at random.",
         score_table(runs),
+        *_statistics(summary),
+        *(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in pictures),
         "## Runs",
         run_table(runs),
         "## Commands",
@@ -114,14 +131,32 @@ def text_report(runs: Sequence[Run], command: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _statistics(summary: dict[str, Any] | None) -> list[str]:
+    if not summary:
+        return []
+    return [
+        f"Over {', '.join(summary['environments'])}, where 0 is acting at random and 1 the mean of {summary['reference']}, "
+        "with 95 % bootstrap intervals over seeds:",
+        summary_table(summary),
+    ]
+
+
 def _any_seed(run: Run) -> str:
     return run["command"].replace(f"--seed {run['seed']} ", "--seed SEED ")
 
 
-def write_report(out: Path, runs: Sequence[Run], command: str) -> None:
+def write_report(out: Path, runs: Sequence[Run], command: str) -> dict[str, Any]:
     """
     :param out: the output folder
     :param runs: finished and failed ones
     :param command: what the user called
+    :return: statistics over environments
     """
-    (out / "benchmark.md").write_text(text_report(runs, command), encoding="utf-8")
+    (out / REPORT).write_text(text_report(runs, command), encoding="utf-8")
+
+    # Imported only when used: half a plotting stack
+    from sb3_grpo_plugin.benchmark_figures import draw
+
+    pictures, summary = draw(out, runs)
+    (out / REPORT).write_text(text_report(runs, command, pictures, summary), encoding="utf-8")
+    return summary

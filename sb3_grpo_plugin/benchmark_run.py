@@ -101,6 +101,8 @@ class BudgetCallback(BaseCallback):
         # Branches are counted by now, and the update has not begun
         if simulator_steps(self.model) > self.spec.budget:
             raise BudgetSpent
+        # A look-ahead may have leapt over plan points, which belong to the policy before this update
+        self._evaluate_when_due()
 
     def _evaluate_when_due(self) -> None:
         # The last one, at the budget, is the score
@@ -112,7 +114,6 @@ class BudgetCallback(BaseCallback):
         begin = time.perf_counter()
         returns, _ = evaluate(self.model, self.eval_env, self.spec.eval_episodes, self.training_env)
         while len(self.evaluations) < self.spec.evaluations and steps >= due:
-            # A look-ahead may leap over several
             self.evaluations.append(
                 {
                     "due": round(due),
