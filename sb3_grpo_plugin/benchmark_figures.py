@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from sb3_grpo_plugin.benchmark import RANDOM
+from sb3_grpo_plugin.benchmark_matrix import RANDOM
 
 # Before rliable imports pyplot, which would look for a screen
 matplotlib.use("Agg")

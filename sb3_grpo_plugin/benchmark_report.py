@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sb3_grpo_plugin.benchmark import RANDOM
+from sb3_grpo_plugin.benchmark_matrix import RANDOM
 
 Run = dict[str, Any]
 REPORT = "benchmark.md"

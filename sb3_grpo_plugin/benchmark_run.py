@@ -27,7 +27,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
-from sb3_grpo_plugin.benchmark import FORMAT, LOCK, LOG, PROGRESS, RANDOM, RESULT, SPEC, RunSpec, write_json
+from sb3_grpo_plugin.benchmark import FORMAT, LOCK, LOG, PROGRESS, RESULT, SPEC, write_json
+from sb3_grpo_plugin.benchmark_matrix import RANDOM, RunSpec
 
 # Away from the seeds of training, and alike for all algorithms: they are scored on the same start states
 EVAL_SEED = 1_000_000
