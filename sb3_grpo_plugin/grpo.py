@@ -40,6 +40,7 @@ NOT_SAVED = (
     "_state_groups",
 )
 DAMAGED_ZIP_ERRORS = (
+    AssertionError,
     AttributeError,
     EOFError,
     KeyError,
@@ -355,7 +356,7 @@ class GRPO(PPO):
             source = "" if self._action_groups is None else f", {self._action_groups.source}"
             rewards = "" if self._reward is None else f", rewards from {self._reward_name}"
             print(f"Groups by {self._grouping}{rewards}{source}")  # noqa: T201
-        self._warned_of_flat_groups = False
+        self._warned_of_flat_groups = self._warned_of_endless_episodes = False
         self._reward_is_checked = False
         return super().learn(
             total_timesteps=total_timesteps,
@@ -388,33 +389,42 @@ class GRPO(PPO):
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         except (RuntimeError, ValueError):
             # A policy fed with NaN fails in a place that says nothing about the environment
-            self._check_finite("observation", self._last_obs, rollout_buffer.pos)
+            self._check_finite("observation", self._last_raw_obs(), rollout_buffer.pos)
             raise
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         super()._update_info_buffer(infos, dones)
         if dones is not None:
+            if self._vec_normalize_env is not None and self._vec_normalize_env.norm_reward:
+                self._check_finite("reward", self._vec_normalize_env.get_original_reward(), self.rollout_buffer.pos)
             self._record.add(self.rollout_buffer.pos, infos, dones)
             if self._action_groups is not None:
                 self._action_groups.after_step()
 
-    def _check_finite(self, what: str, values: Any, step: int | None = None) -> None:
+    def _last_raw_obs(self) -> Any:
+        """What the environment gave last: in VecNormalize's statistics one NaN spreads to all environments."""
+        return self._last_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs()
+
+    def _check_finite(self, what: str, values: Any, step: int | None = None, env: int | None = None) -> None:
         """
         :param what: the name of the values
-        :param values: ``[n_steps, n_envs, ...]``, or ``[n_envs, ...]`` of the given step, or a dictionary of such arrays
+        :param values: ``[n_steps, n_envs, ...]``, or ``[n_envs, ...]`` of the given step, or of one environment there, or a
+            dictionary of such arrays
         :param step: position in the rollout, if values hold only one
+        :param env: number of the environment, if values hold only one
         :raises ValueError: NaN or infinity, naming the environment and the step
         """
         for array in values.values() if isinstance(values, dict) else (values,):
-            rows = np.asarray(array)[None] if step is not None else np.asarray(array)
+            rows = np.asarray(array)
+            rows = rows if step is None else rows[None] if env is None else rows[None, None]
             if not np.issubdtype(rows.dtype, np.floating) or np.isfinite(rows).all():
                 continue
-            first, env, *_ = np.argwhere(~np.isfinite(rows))[0]
-            at = first if step is None else step
+            first, index, *_ = np.argwhere(~np.isfinite(rows))[0]
+            at, owner = first if step is None else step, index if env is None else env
             total = self.num_timesteps - (self.rollout_buffer.pos - at) * self.n_envs
             raise ValueError(
-                f"Environment {env} gave a {what} that is NaN or infinite at step {at} of the rollout (after {total} "
-                f"timesteps): {rows[first, env]}. Mend the environment; stable_baselines3's VecCheckNan helps to find the "
+                f"Environment {owner} gave a {what} that is NaN or infinite at step {at} of the rollout (after {total} "
+                f"timesteps): {rows[first, index]}. Mend the environment; stable_baselines3's VecCheckNan helps to find the "
                 "cause."
             )
 
@@ -442,9 +452,12 @@ class GRPO(PPO):
         :param dones: whether an episode ended at the last step, bool ``[n_envs]``
         """
         buffer = self.rollout_buffer
-        self._check_finite("observation", buffer.observations)
-        self._check_finite("reward", buffer.rewards)
         assert self._last_obs is not None
+        self._check_finite("observation", buffer.observations)
+        self._check_finite("observation", self._last_raw_obs(), buffer.pos)
+        self._check_finite("reward", buffer.rewards)
+        for step, env, _, observation, _ in self._record.ends:
+            self._check_finite("terminal observation", observation, step, env)
         self._candidates = None
         unit = self._reward_unit()
         if self._action_groups is not None:
@@ -456,6 +469,7 @@ class GRPO(PPO):
             starts = th.as_tensor(buffer.episode_starts, device=self.device)
             ended = th.cat((starts[1:], th.as_tensor(dones, dtype=starts.dtype, device=self.device)[None]))
             if self._grouping == "episode":
+                self._warn_of_endless_episodes(bool(ended.any()))
                 comparison = self._episode_groups.compare(rewards.cpu(), starts.cpu(), ended.cpu())
             else:
                 comparison = self._state_groups.compare(self._visits(rewards, starts, ended), unit)
@@ -539,6 +553,16 @@ class GRPO(PPO):
             return 1.0
         return float(np.sqrt(normalizer.ret_rms.var + normalizer.epsilon))
 
+    def _warn_of_endless_episodes(self, ended: bool) -> None:
+        if not (ended or self._warned_of_endless_episodes):
+            self._warned_of_endless_episodes = True
+            warnings.warn(
+                f"No episode ended in this rollout of {self.n_steps} steps of {self.n_envs} environments, and episode groups "
+                "compare episodes from their start to their end. If they are longer than that, raise n_steps; if they never "
+                "end, use group_by='state'.",
+                stacklevel=2,
+            )
+
     def _log_groups(self, comparison: groups.Comparison) -> None:
         compared = comparison.compared
         flat = float(comparison.alike[compared].float().mean()) if compared.any() else 1.0
@@ -546,7 +570,7 @@ class GRPO(PPO):
         self.logger.record("train/reward_std", float(comparison.centred[compared].std()) if compared.sum() > 1 else 0.0)
         self.logger.record("time/simulator_steps", self.num_timesteps + self.branch_steps, exclude="tensorboard")
         self.logger.record("time/model_steps", self.model_steps, exclude="tensorboard")
-        if flat > 0.5 and not self._warned_of_flat_groups:
+        if flat > 0.5 and compared.any() and not self._warned_of_flat_groups:
             self._warned_of_flat_groups = True
             warnings.warn(
                 f"{flat:.0%} of the groups in this rollout carry no signal: {FLAT_CAUSES[self._grouping]}", stacklevel=2
@@ -634,7 +658,8 @@ class GRPO(PPO):
             actions = flat(buffer.actions, self.device)[:, None]
             data = TrainingData(
                 flat(buffer.observations, self.device),
-                actions.long() if isinstance(self.action_space, spaces.Discrete) else actions,
+                # In float32 as SB3's buffer samples them: Bernoulli takes no integers
+                actions.long() if isinstance(self.action_space, spaces.Discrete) else actions.float(),
                 flat(buffer.log_probs, self.device)[:, None],
                 flat(buffer.advantages, self.device)[:, None],
                 weights.flatten(),
@@ -665,15 +690,7 @@ class GRPO(PPO):
         """
         try:
             return super().load(path, env, *args, **kwargs)
-        except (
-            zipfile.BadZipFile,
-            KeyError,
-            RuntimeError,
-            AttributeError,
-            EOFError,
-            pickle.UnpicklingError,
-            TypeError,
-        ) as error:
+        except DAMAGED_ZIP_ERRORS as error:
             raise ValueError(
                 f"{path} cannot be loaded as a {cls.__name__} model: it is damaged, or it was saved by another algorithm or "
                 f"version ({type(error).__name__}: {error})."

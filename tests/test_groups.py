@@ -38,10 +38,8 @@ def rollout(
     features = th.randn(n_steps + 1, n_envs, dim, generator=generator)
     dones = (draw["dones"] < p_done).float()
     starts = th.cat((th.zeros(1, n_envs) if continues else th.ones(1, n_envs), dones[:-1]))
-    ends = [(int(step), int(env)) for step, env in dones.nonzero()]
-    end_features = th.randn(len(ends), dim, generator=generator) if ends else None
-    terminated = dones * (draw["kinds"] < 0.5)
-    return Visits(features[:-1], features[-1], ends, end_features, draw["rewards"], starts, dones, terminated)
+    after = th.where(dones.bool()[..., None], th.randn(n_steps, n_envs, dim, generator=generator), features[1:])
+    return Visits(features[:-1], after, draw["rewards"], starts, dones, dones * (draw["kinds"] < 0.5))
 
 
 def endless(n_steps: int = 240, n_envs: int = 1, **kwargs) -> Visits:
@@ -121,11 +119,7 @@ def test_too_few_steps_for_four_blocks_are_refused() -> None:
 def naive_state_groups(groups: StateGroups, visits: Visits) -> tuple[th.Tensor, th.Tensor]:
     """Centred scores and scores of a first rollout: LSTD(lambda) and lambda-returns with loops."""
     groups._whiten(visits.features)
-    next_features = th.cat((visits.features[1:], visits.last_features[None]))
-    for index, (step, env) in enumerate(visits.ends):
-        assert visits.end_features is not None
-        next_features[step, env] = visits.end_features[index]
-    phi, after = groups._embed(visits.features).double(), groups._embed(next_features).double()
+    phi, after = groups._embed(visits.features).double(), groups._embed(visits.next_features).double()
     folds, excludes = assign_folds(fragment_ids(visits.episode_starts), BLOCK)
     n_steps, n_envs = visits.rewards.shape
     centred, scores = th.zeros(2, n_steps, n_envs, dtype=th.float64)
