@@ -155,10 +155,8 @@ def check_environment(env: str) -> None:
 
     try:
         gym.make(env).close()
-    except ImportError as error:
-        # gymnasium.error.DependencyNotInstalled is one
-        raise ValueError(f"The environment {env!r} cannot be made: a package is missing. {error}") from error
     except Exception as error:
+        # Where a package is missing, gymnasium says which, and how it is installed
         raise ValueError(f"The environment {env!r} cannot be made: {error}") from error
 
 

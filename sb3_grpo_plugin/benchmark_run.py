@@ -179,8 +179,6 @@ def measured_manager(base: type, spec: RunSpec, folder: Path) -> type:
         def save_trained_model(self, model: BaseAlgorithm) -> None:
             if spec.algo != RANDOM:
                 super().save_trained_model(model)
-            with open(os.path.join(self.params_path, "config.yml"), encoding="utf-8") as file:
-                self.measured["config"] = file.read()
             # The last act: a run that has this file is a finished one
             write_json(folder / RESULT, {**self.measured, "wall_seconds": round(time.time() - process_start(), 3)})
 
