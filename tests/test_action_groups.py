@@ -17,7 +17,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
 from sb3_grpo_plugin import GRPO, RewardSpec, TransitionSpec, rewards
-from sb3_grpo_plugin.lookahead import ActionGroups, draw_candidates
+from sb3_grpo_plugin.lookahead import ActionGroups, ModelSimulator, draw_candidates, look_ahead
 from sb3_grpo_plugin.policies import ActorPolicy
 from sb3_grpo_plugin.rewards import Registries
 from sb3_grpo_plugin.wrappers import SnapshotWrapper
@@ -161,6 +161,18 @@ def test_scores_are_those_of_a_loop(horizon: int, reward: Any, seen: list[Simple
         assert scores.tolist() == pytest.approx(expected, abs=1e-4)
     terminated = len(seen[0].scores.unique()) > 2
     assert terminated or horizon < 30
+
+
+def test_what_has_terminated_stays_terminated() -> None:
+    """A model that counts, and terminates on the way from 1 to 2 only."""
+    space = spaces.Box(-9.0, 9.0, (1,))
+    policy = ActorPolicy(space, spaces.Discrete(2), lambda _: 1e-3)
+    spec = TransitionSpec("test/counter", ("Counter-v0",), lambda state, action: (state + 1.0, state[:, 0] == 1.0))
+    simulator = ModelSimulator(spec, th.tensor([[0.0], [1.0], [2.0]]), lambda state: state)
+    reward = ("test/one", lambda state, action, next_state: next_state)
+    scores = look_ahead(simulator, th.zeros(3, 1), policy, reward, horizon=4, gamma=0.5)
+    assert scores.tolist() == [1.0 + 0.5 * 2.0, 2.0, 3.0 + 0.5 * 4.0 + 0.25 * 5.0 + 0.125 * 6.0]
+    assert simulator.n_steps == 2 + 1 + 4
 
 
 @pytest.mark.parametrize("normalize", [False, True])
