@@ -1,5 +1,6 @@
 """The parts of joining the zoo that need no process of their own, and what ``train -optimize`` proposes."""
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -146,3 +147,81 @@ def test_every_proposed_trial_can_be_constructed(n_envs: int) -> None:
         assert (model.n_steps, model.gamma) == (params["n_steps"], params["gamma"])
         # What a study keeps leads back to the same hyperparameters
         assert convert_grpo_params(trial.params) == params
+
+
+def test_hub_repairs_end_when_upstream_is_mended() -> None:
+    def generate_metadata() -> None:
+        """Upstream's own."""
+
+    mended = SimpleNamespace(generate_metadata=generate_metadata, _generate_metadata=None)
+    zoo_repairs.supply_generate_metadata(mended)  # type: ignore[arg-type]
+    assert mended.generate_metadata is generate_metadata
+    # Neither name: nothing to build on, and the script's own ImportError says so best
+    unknown = SimpleNamespace()
+    zoo_repairs.supply_generate_metadata(unknown)  # type: ignore[arg-type]
+    assert vars(unknown) == {}
+
+
+def test_absent_normalization_is_the_error_that_the_zoo_expects() -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+    from requests import HTTPError
+
+    class AbsentError(RemoteEntryNotFoundError):
+        def __init__(self) -> None:
+            Exception.__init__(self, "404")
+
+    def load_from_hub(repo_id: str, filename: str) -> str:
+        if repo_id == "no/connection":
+            raise LocalEntryNotFoundError("no connection")
+        raise AbsentError
+
+    package = SimpleNamespace(load_from_hub=load_from_hub)
+    zoo_repairs.let_files_be_absent(package)  # type: ignore[arg-type]
+    with pytest.raises(HTTPError):
+        package.load_from_hub("some/model", "vec_normalize.pkl")
+    with pytest.raises(HTTPError):
+        package.load_from_hub(repo_id="some/model", filename="vec_normalize.pkl")
+    # A model cannot do without any other file, and nobody knows whether this one is there
+    with pytest.raises(RemoteEntryNotFoundError):
+        package.load_from_hub("some/model", "config.yml")
+    with pytest.raises(LocalEntryNotFoundError):
+        package.load_from_hub("no/connection", "vec_normalize.pkl")
+
+
+CARD = """# Agent
+```bash
+pip install rl_zoo3
+```
+python -m rl_zoo3.load_from_hub --algo {algo} --env CartPole-v1 -orga somebody -f logs/
+If you installed the RL Zoo3 via pip (`pip install rl_zoo3`)
+## Hyperparameters
+"""
+
+
+@pytest.mark.parametrize("reward", ["missing/one", "a function", None])
+def test_card_of_a_model(tmp_path: Path, reward: str | None) -> None:
+    # As saved in the zip: JSON, with whatever JSON cannot hold as a dictionary
+    saved = {"group_by": "state", "group_size": 8, "clip_range_high": None, "reward_function": reward}
+    if reward == "a function":
+        saved["reward_function"] = {":type:": "<class 'function'>"}
+    (tmp_path / "grpo-CartPole-v1").mkdir()
+    (tmp_path / "grpo-CartPole-v1" / "data").write_text(json.dumps(saved))
+    readme = tmp_path / "README.md"
+    readme.write_text(CARD.format(algo="grpo"))
+    zoo_repairs.complete_card(readme)
+    card = readme.read_text()
+    assert card.count("pip install rl_zoo3 sb3-grpo-plugin") == 2
+    assert "- `group_by`: `state`\n- `group_size`: `8`\n" in card
+    assert "clip_range_high" not in card
+    expected = {
+        "missing/one": "`missing/one`. Training on needs",
+        "a function": "a function of",
+        None: "the environment's own",
+    }
+    assert f"- `reward_function`: {expected[reward]}" in card
+
+
+def test_card_of_the_zoos_own_algorithms_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(CARD.format(algo="ppo"))
+    zoo_repairs.complete_card(tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == CARD.format(algo="ppo")
