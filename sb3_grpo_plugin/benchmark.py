@@ -4,7 +4,8 @@ simulator steps.
 
 Every run is a process with a folder of its own. A run is finished when its result is there, which appears as a whole or not
 at all, so the same command continues after whatever ended it. ``benchmark_matrix.py`` says which runs there are,
-``benchmark_run.py`` is what such a process does, and ``benchmark_report.py`` makes tables and figures of the results.
+``benchmark_run.py`` and ``benchmark_train.py`` are such a process, and ``benchmark_report.py`` makes tables and figures of
+the results.
 """
 
 import argparse

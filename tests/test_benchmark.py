@@ -304,7 +304,7 @@ def test_the_budget_without_a_word_is_the_least_of_the_ymls(tmp_path: Path) -> N
 @pytest.mark.parametrize("budget", [64, 70, 100, 128])
 @pytest.mark.parametrize("branch_steps", [0, 40])
 def test_no_update_learns_from_more_than_the_budget(budget: int, branch_steps: int, tmp_path: Path) -> None:
-    from sb3_grpo_plugin.benchmark_run import BudgetCallback, BudgetSpent, simulator_steps
+    from sb3_grpo_plugin.benchmark_train import BudgetCallback, BudgetSpent, simulator_steps
 
     used = []
 
