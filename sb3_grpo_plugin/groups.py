@@ -391,7 +391,9 @@ class EpisodeGroups:
         for key, members in list(self._open.items()):
             if len(members) == self.group_size and all(member.ended for member in members.values()):
                 del self._open[key]
-        for key in sorted(self._open, key=lambda key: key[1])[: -MAX_OPEN_GROUPS * self.n_envs // self.group_size]:
+        running = {(env // self.group_size, episode) for env, episode in enumerate(self._running)}
+        waiting = sorted((key for key in self._open if key not in running), key=lambda key: key[1])
+        for key in waiting[: -MAX_OPEN_GROUPS * self.n_envs // self.group_size]:
             del self._open[key]
         return result
 
