@@ -6,6 +6,7 @@ Imported when ``rl_zoo3`` is about to be imported (by the start-up line, see ``p
 Nothing but the standard library, and no module of this package before the zoo has loaded the one that it joins.
 """
 
+import os
 import sys
 import warnings
 from importlib import import_module
@@ -30,6 +31,21 @@ SCRIPTS = {
 _joined: dict[str, ModuleType] = {}
 
 
+def start() -> None:
+    """
+    What the start-up line calls when ``rl_zoo3`` is about to be imported.
+    """
+    if os.environ.get("SB3_GRPO_AUTOLOAD") != "0":
+        install()
+
+
+def waiting() -> list[int]:
+    """
+    :return: places of the start-up line's function in front of the import system; it is its own ``find_spec``
+    """
+    return [index for index, finder in enumerate(sys.meta_path) if getattr(finder, "find_spec", None) is finder]
+
+
 def install() -> None:
     """
     Watch for the modules above, and join those that are there already. Calling it again changes nothing.
@@ -37,8 +53,8 @@ def install() -> None:
     if not any(isinstance(finder, JointFinder) for finder in sys.meta_path):
         # Right behind the start-up line's function: while that one runs, the import system is walking this very list, and
         # would not come back to an earlier place for `rl_zoo3`
-        waiting = [index for index, finder in enumerate(sys.meta_path) if hasattr(finder, "sb3_grpo")]
-        sys.meta_path.insert(waiting[0] + 1 if waiting else 0, JointFinder())
+        places = waiting()
+        sys.meta_path.insert(places[0] + 1 if places else 0, JointFinder())
     for name in JOINTS:
         if name in sys.modules:
             join(sys.modules[name])

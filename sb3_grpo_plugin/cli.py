@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from sb3_grpo_plugin import __version__
+from sb3_grpo_plugin import __version__, _autoload
 
 
 class Command(NamedTuple):
@@ -114,6 +114,6 @@ def _join_children() -> None:
     # Asking for this command by name outweighs the switch
     os.environ.pop("SB3_GRPO_AUTOLOAD", None)
     # Where the start-up line did not run here, it will not run in children either
-    if not any(hasattr(finder, "sb3_grpo") for finder in sys.meta_path):
+    if not _autoload.waiting():
         paths = [str(Path(__file__).parent / "_children"), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

@@ -34,7 +34,7 @@ def test_enjoy(installed: Environment, trained: Path) -> None:
 
 
 def test_console_command(installed: Environment, trained: Path) -> None:
-    # The command's own file, which another environment holds, run by this environment's interpreter
+    # What the command's file does; the file itself belongs to the environment that the dependencies are shared from
     code = "from importlib.metadata import entry_points as e; e(group='console_scripts', name='rl_zoo3')['rl_zoo3'].load()()"
     done = installed.run("-c", code, "enjoy", *AGENT, "--no-render", "-n", "100", "--load-best", cwd=trained)
     assert "Loading " in done.stdout and "best_model.zip" in done.stdout
