@@ -48,10 +48,16 @@ def make(path: Path, *lines: tuple[str, str]) -> list[str]:
     return [str(python), "-c", ""]
 
 
-def start(command: list[str]) -> float:
+def start(command: list[str]) -> tuple[float, float]:
+    """Start an interpreter; returns milliseconds on the clock and, where the system tells, on the processor."""
     begin = time.perf_counter()
-    subprocess.run(command, check=True)
-    return (time.perf_counter() - begin) * 1e3
+    process = subprocess.Popen(command)
+    if not hasattr(os, "wait4"):
+        process.wait()
+        return (time.perf_counter() - begin) * 1e3, float("nan")
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return (time.perf_counter() - begin) * 1e3, (usage.ru_utime + usage.ru_stime) * 1e3
 
 
 def main() -> None:
@@ -65,17 +71,20 @@ def main() -> None:
             "alone": (make(Path(folder, "a")), make(Path(folder, "b"), ours)),
             "beside setuptools": (make(Path(folder, "c"), setuptools), make(Path(folder, "d"), setuptools, ours)),
         }
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+        times: dict[str, list[tuple[tuple[float, float], tuple[float, float]]]] = {name: [] for name in commands}
         for _ in range(rounds):
             for name, pair in random.sample(list(commands.items()), len(commands)):
                 first = random.randrange(2)
                 measured = {index: start(pair[index]) for index in (first, 1 - first)}
                 times[name].append((measured[0], measured[1]))
-    print(f"Python {sys.version.split()[0]}, {rounds} starts each, milliseconds")
+    print(f"Python {sys.version.split()[0]}, {rounds} starts each, milliseconds; medians")
     for name, pairs in times.items():
-        without, with_line = (statistics.median(values) for values in zip(*pairs, strict=True))
-        added = statistics.median(b - a for a, b in pairs)
-        print(f"{name:<18} median without {without:.2f}, with {with_line:.2f}; median of the differences {added:+.3f}")
+        for clock, label in enumerate(("elapsed", "processor")):
+            without, with_line = (statistics.median(one[clock] for one in side) for side in zip(*pairs, strict=True))
+            added = statistics.median(b[clock] - a[clock] for a, b in pairs)
+            print(
+                f"{name:<18}{label:<10} without {without:6.2f}, with {with_line:6.2f}, difference of neighbours {added:+.3f}"
+            )
 
 
 if __name__ == "__main__":
