@@ -332,7 +332,7 @@ def benchmark_command(arguments: Sequence[str]) -> int:
         tell(error)
         return 2
     except OSError as error:
-        tell(f"{error}. Finished runs are kept; repeat the command when this is mended.")
+        tell(f"{args.out}: {error}. Finished runs are kept; repeat the command when this is mended.")
         return 1
     except KeyboardInterrupt:
         tell("stopped. Finished runs are kept; repeat the command to go on.")

@@ -27,8 +27,8 @@ from sb3_grpo_plugin.benchmark_matrix import RANDOM, RunSpec
 
 # Away from the seeds of training, and alike for all algorithms: they are scored on the same start states
 EVAL_SEED = 1_000_000
-# Evaluation steps them together, which costs one forward pass of the policy for all
-EVAL_ENVS = 5
+# Environments of an evaluation at most: they share the forward passes of the policy
+EVAL_ENVS = 20
 DISTRIBUTIONS = ("sb3-grpo-plugin", "rl_zoo3", "stable_baselines3", "sb3_contrib", "gymnasium", "torch", "numpy")
 
 
@@ -157,14 +157,17 @@ def measured_manager(base: type, spec: RunSpec, folder: Path) -> type:
             self.callbacks.append(self.budget_callback)
 
         def learn(self, model: BaseAlgorithm) -> None:
-            env = self.budget_callback.eval_env = self.create_envs(min(EVAL_ENVS, spec.episodes), eval_env=True)
+            env = self.create_envs(min(EVAL_ENVS, spec.episodes), eval_env=True)
             if spec.algo == RANDOM:
                 # Sampling has a generator of its own, also in spaces inside spaces
                 env.action_space.seed(EVAL_SEED)
                 self.measured = result(spec, evaluate(RandomPolicy(env.action_space), env, spec.episodes))
             else:
+                eval_env = self.create_envs(min(EVAL_ENVS, spec.eval_episodes), eval_env=True)
+                self.budget_callback.eval_env = eval_env
                 with contextlib.suppress(BudgetSpent):
                     super().learn(model)
+                eval_env.close()
                 seconds = time.perf_counter() - self.budget_callback.started
                 trained = training_figures(model, self.budget_callback, seconds)
                 score = evaluate(model, env, spec.episodes, model.get_env())
