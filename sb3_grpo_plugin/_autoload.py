@@ -91,7 +91,8 @@ class JointFinder:
             return None
         for finder in sys.meta_path:
             find_spec = getattr(finder, "find_spec", None)
-            if finder is self or find_spec is None:
+            # Two of us, for whatever reason, must not ask each other
+            if find_spec is None or isinstance(finder, JointFinder):
                 continue
             spec = find_spec(name, path, target)
             if spec is not None:

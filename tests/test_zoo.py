@@ -112,7 +112,8 @@ def test_joined_modules_are_ordinary_ones(tmp_path: Path, monkeypatch: pytest.Mo
     helper = ModuleType("joined_module_helper")
     helper.see = lambda module: seen.append(module.VALUE)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "joined_module_helper", helper)
-    monkeypatch.setattr(sys, "meta_path", [_autoload.JointFinder(), *sys.meta_path])
+    # A second one does no harm
+    monkeypatch.setattr(sys, "meta_path", [_autoload.JointFinder(), _autoload.JointFinder(), *sys.meta_path])
     import inspect
 
     import joined_module  # type: ignore[import-not-found]
