@@ -317,9 +317,8 @@ class StateGroups:
         rows = reverse_scan(th.cat((phi - after, rewards[..., None]), dim=-1), decay * within).flatten(0, 1)
         phi = phi.flatten(0, 1)
         part, order = (2 * folds + borders).flatten().sort()
-        sizes = th.bincount(part, minlength=2 * len(excludes)).tolist()
-        chunks = zip(phi[order].split(sizes), rows[order].split(sizes), strict=True)
-        sums = th.stack([left.T @ right for left, right in chunks]).unflatten(0, (-1, 2))
+        chunks = order.split(th.bincount(part, minlength=2 * len(excludes)).tolist())
+        sums = th.stack([phi[chunk].T @ rows[chunk] for chunk in chunks]).unflatten(0, (-1, 2))
         others = (~excludes).to(phi)
         system = (others @ sums.sum(1).flatten(1)).view(len(others), *sums.shape[2:]).double()
         if self.remember:
