@@ -1,9 +1,15 @@
 """
 What the package's start-up line adds to the start of a Python interpreter.
 
-Makes virtual environments that differ in the start-up line only, starts their interpreters in random order, and compares
-each start with the neighbouring one without the line. Two situations: a machine with no other start-up line, and one with the
-line of setuptools, which nearly every environment with torch has. Usage: python benchmarks/startup.py [ROUNDS]
+Makes virtual environments that differ in the start-up line only, and starts their interpreters in random order:
+
+- whole starts, each compared with the neighbouring one without the line, on the clock and on the processor. Other work on the
+  machine is in these numbers too;
+- the interpreter's own clock around the line: two lines that take the time, before and after it, less what they take with
+  nothing between them. Virtual environments run start-up lines twice; both runs are counted.
+
+Nearly every environment with torch has the start-up line of setuptools too; so there is a pair with it and one without.
+Usage: python benchmarks/startup.py [ROUNDS]
 """
 
 import argparse
@@ -60,6 +66,12 @@ def start(command: list[str]) -> tuple[float, float]:
     return (time.perf_counter() - begin) * 1e3, (usage.ru_utime + usage.ru_stime) * 1e3
 
 
+def inside(command: list[str]) -> float:
+    """Milliseconds between the two lines that take the time, all runs of them together."""
+    show = "import sys; t = sys._times; print(sum(b - a for a, b in zip(t[::2], t[1::2])) * 1e3)"
+    return float(subprocess.run([command[0], "-c", show], check=True, capture_output=True, text=True).stdout)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rounds", nargs="?", type=int, default=500)
@@ -71,13 +83,23 @@ def main() -> None:
             "alone": (make(Path(folder, "a")), make(Path(folder, "b"), ours)),
             "beside setuptools": (make(Path(folder, "c"), setuptools), make(Path(folder, "d"), setuptools, ours)),
         }
+        clock_line = 'import sys,time;sys._times=getattr(sys,"_times",[])+[time.perf_counter()]\n'
+        clocks = (("hatch_a.pth", clock_line), ("hatch_z.pth", clock_line))
+        bracketed = (make(Path(folder, "e"), setuptools, *clocks), make(Path(folder, "f"), setuptools, *clocks, ours))
+        lines: tuple[list[float], list[float]] = ([], [])
         times: dict[str, list[tuple[tuple[float, float], tuple[float, float]]]] = {name: [] for name in commands}
         for _ in range(rounds):
             for name, pair in random.sample(list(commands.items()), len(commands)):
                 first = random.randrange(2)
                 measured = {index: start(pair[index]) for index in (first, 1 - first)}
                 times[name].append((measured[0], measured[1]))
+            for index in random.sample((0, 1), 2):
+                lines[index].append(inside(bracketed[index]))
     print(f"Python {sys.version.split()[0]}, {rounds} starts each, milliseconds; medians")
+    without, with_line = (statistics.median(side) for side in lines)
+    print(
+        f"the line itself             without {without:6.3f}, with {with_line:6.3f}, difference               {with_line - without:+.3f}"
+    )
     for name, pairs in times.items():
         for clock, label in enumerate(("elapsed", "processor")):
             without, with_line = (statistics.median(one[clock] for one in side) for side in zip(*pairs, strict=True))
