@@ -87,19 +87,19 @@ def main() -> None:
         clocks = (("hatch_a.pth", clock_line), ("hatch_z.pth", clock_line))
         bracketed = (make(Path(folder, "e"), setuptools, *clocks), make(Path(folder, "f"), setuptools, *clocks, ours))
         lines: tuple[list[float], list[float]] = ([], [])
+        for _ in range(rounds):
+            for index in random.sample((0, 1), 2):
+                lines[index].append(inside(bracketed[index]))
         times: dict[str, list[tuple[tuple[float, float], tuple[float, float]]]] = {name: [] for name in commands}
         for _ in range(rounds):
             for name, pair in random.sample(list(commands.items()), len(commands)):
                 first = random.randrange(2)
                 measured = {index: start(pair[index]) for index in (first, 1 - first)}
                 times[name].append((measured[0], measured[1]))
-            for index in random.sample((0, 1), 2):
-                lines[index].append(inside(bracketed[index]))
     print(f"Python {sys.version.split()[0]}, {rounds} starts each, milliseconds; medians")
     without, with_line = (statistics.median(side) for side in lines)
-    print(
-        f"the line itself             without {without:6.3f}, with {with_line:6.3f}, difference               {with_line - without:+.3f}"
-    )
+    added = with_line - without
+    print(f"{'the line itself':<28} without {without:6.3f}, with {with_line:6.3f}, difference {added:+.3f}")
     for name, pairs in times.items():
         for clock, label in enumerate(("elapsed", "processor")):
             without, with_line = (statistics.median(one[clock] for one in side) for side in zip(*pairs, strict=True))
