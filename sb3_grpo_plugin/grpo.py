@@ -459,21 +459,21 @@ class GRPO(PPO):
         for step, env, _, observation, _ in self._record.ends:
             self._check_finite("terminal observation", observation, step, env)
         self._candidates = None
-        unit = self._reward_unit()
         if self._action_groups is not None:
             comparison = self._compare_actions(self._action_groups)
         else:
             if self._reward is not None:
                 self._replace_rewards()
-            rewards = th.as_tensor(buffer.rewards, device=self.device)
+            in_own_units = buffer.rewards if self._reward is not None else self._record.rewards(buffer.rewards)
+            rewards = th.as_tensor(in_own_units, device=self.device)
             starts = th.as_tensor(buffer.episode_starts, device=self.device)
             ended = th.cat((starts[1:], th.as_tensor(dones, dtype=starts.dtype, device=self.device)[None]))
             if self._grouping == "episode":
                 self._warn_of_endless_episodes(bool(ended.any()))
                 comparison = self._episode_groups.compare(rewards.cpu(), starts.cpu(), ended.cpu())
             else:
-                comparison = self._state_groups.compare(self._visits(rewards, starts, ended), unit)
-        advantages = self._scale(comparison.centred, comparison.scores, comparison.group_std, unit)
+                comparison = self._state_groups.compare(self._visits(rewards, starts, ended))
+        advantages = self._scale(comparison.centred, comparison.scores, comparison.group_std)
         if self._candidates is not None:
             self._candidates = self._candidates._replace(advantages=advantages)
             # The buffer keeps the candidate that was executed, for callbacks and the explained variance
@@ -545,13 +545,6 @@ class GRPO(PPO):
             end_features = self._features(self._record.end_observations())
         after = follow(features, self._features(self._last_obs), ends, end_features)
         return groups.Visits(features, after, rewards, episode_starts, dones, terminated)
-
-    def _reward_unit(self) -> float:
-        """What VecNormalize divided the rewards of the rollout by, so that the memory of other rollouts can follow."""
-        normalizer = self._vec_normalize_env
-        if self._reward is not None or normalizer is None or not normalizer.norm_reward:
-            return 1.0
-        return float(np.sqrt(normalizer.ret_rms.var + normalizer.epsilon))
 
     def _warn_of_endless_episodes(self, ended: bool) -> None:
         if not (ended or self._warned_of_endless_episodes):

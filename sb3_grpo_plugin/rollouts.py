@@ -46,7 +46,9 @@ class RolloutRecord:
     def __init__(self) -> None:
         self.ends: list[tuple[int, int, bool, Observation, Observation]] = []
         self._raw: list[Observation] = []
+        self._rewards: list[np.ndarray] = []
         self._normalizer: VecNormalize | None = None
+        self._reward_normalizer: VecNormalize | None = None
 
     def start(self, env: VecEnv, keep_states: bool) -> None:
         """
@@ -56,7 +58,9 @@ class RolloutRecord:
         """
         self.ends.clear()
         self._raw.clear()
+        self._rewards.clear()
         normalizer = unwrap_vec_normalize(env)
+        self._reward_normalizer = normalizer if normalizer is not None and normalizer.norm_reward else None
         self._normalizer = normalizer if keep_states and normalizer is not None and normalizer.norm_obs else None
         if self._normalizer is not None:
             if is_vecenv_wrapped(env, VecFrameStack):
@@ -80,6 +84,16 @@ class RolloutRecord:
             self.ends.append((step, int(index), not infos[index].get("TimeLimit.truncated", False), observation, state))
         if self._normalizer is not None:
             self._raw.append(self._normalizer.get_original_obs())
+        if self._reward_normalizer is not None:
+            self._rewards.append(self._reward_normalizer.get_original_reward())
+
+    def rewards(self, rewards: np.ndarray) -> np.ndarray:
+        """
+        :param rewards: of the rollout as the buffer holds them, ``[n_steps, n_envs]``
+        :return: the same in the environment's own units. ``VecNormalize`` changes its divisor at every step, which would
+            make equal rewards differ and returns that are alike a signal
+        """
+        return rewards if self._reward_normalizer is None else np.stack(self._rewards).astype(rewards.dtype)
 
     def end_observations(self) -> Observation:
         """The last observation of each ended episode as the policy would have seen it, ``[len(ends), ...]``."""
