@@ -147,18 +147,17 @@ class ScoreScale:
     scale_rewards: str
     largest: float = 0.0
 
-    def __call__(self, centred: th.Tensor, scores: th.Tensor, group_std: th.Tensor | None, unit: float = 1.0) -> th.Tensor:
+    def __call__(self, centred: th.Tensor, scores: th.Tensor, group_std: th.Tensor | None) -> th.Tensor:
         """
         :param centred: scores minus the mean of their group, any shape
         :param scores: the same scores as they were
         :param group_std: standard deviation within the group, broadcastable to ``centred``; ``None``: use the batch's
-        :param unit: what rewards were divided by; remembered in units of the environment's own
         :return: advantages, the shape of ``centred``
         """
         if self.scale_rewards == "none" or centred.numel() < 2:
             return centred
-        self.largest = max(SCALE_DECAY * self.largest, float(scores.std()) * unit)
-        floor = max(SCALE_FLOOR * self.largest / unit, 1e-8)
+        self.largest = max(SCALE_DECAY * self.largest, float(scores.std()))
+        floor = max(SCALE_FLOOR * self.largest, 1e-8)
         spread = group_std if self.scale_rewards == "group" and group_std is not None else centred.std()
         return centred / spread.clamp(min=floor)
 
@@ -224,7 +223,7 @@ class StateGroups:
     sees its own episode's return in its baseline. Own-episode visits would cancel the advantage.
 
     A rollout is remembered as the sums that make up its system, fading by ``exp(-steps / MEMORY)``: time and space per step
-    are constant, and no observation is kept. Rewards are remembered in the environment's own units. Fragments that border
+    are constant, and no observation is kept. Fragments that border
     on the next rollout are remembered from the one after it on.
 
     :param gamma: discount factor
@@ -244,10 +243,9 @@ class StateGroups:
     _remembered: th.Tensor | None = field(default=None, repr=False)
     _bordering: th.Tensor | None = field(default=None, repr=False)
 
-    def compare(self, visits: Visits, unit: float = 1.0) -> Comparison:
+    def compare(self, visits: Visits) -> Comparison:
         """
         :param visits: one rollout
-        :param unit: what the environment's rewards were divided by
         :return: the rollout's lambda-returns and how they compare with those of their groups
         """
         self._whiten(visits.features)
@@ -263,7 +261,7 @@ class StateGroups:
         offset = visits.rewards.sum() / step.sum()
         rewards = visits.rewards - offset * step
 
-        weights = self._solve(phi, after, rewards, decay, borders, folds, excludes, unit, offset)
+        weights = self._solve(phi, after, rewards, decay, borders, folds, excludes, offset)
         values = phi @ weights.T
         residuals = rewards[..., None] + after @ weights.T - values
         own = folds[..., None]
@@ -304,7 +302,6 @@ class StateGroups:
         borders: th.Tensor,
         folds: th.Tensor,
         excludes: th.Tensor,
-        unit: float,
         offset: th.Tensor,
     ) -> th.Tensor:
         """
@@ -324,11 +321,11 @@ class StateGroups:
         if self.remember:
             if self._remembered is not None:
                 known = self._remembered.clone()
-                known[:, -1] = known[:, -1] / unit - offset * known[:, 0]
+                known[:, -1] -= offset * known[:, 0]
                 system = system + known
             # The constant's column says how much of the offset each row of rewards lacks
             closed, bordering = memories = sums.sum(0).double()
-            memories[..., -1] = (memories[..., -1] + offset * memories[..., 0]) * unit
+            memories[..., -1] += offset * memories[..., 0]
             fade = math.exp(-len(phi) / MEMORY)
             earlier = 0.0 if self._remembered is None or self._bordering is None else self._remembered + self._bordering
             self._remembered, self._bordering = fade * (earlier + closed), fade * bordering

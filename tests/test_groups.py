@@ -50,8 +50,8 @@ def state_groups(**kwargs) -> StateGroups:
     return StateGroups(GAMMA, GAE_LAMBDA, **kwargs)
 
 
-def baselines(groups: StateGroups, visits: Visits, unit: float = 1.0) -> th.Tensor:
-    comparison = groups.compare(visits, unit)
+def baselines(groups: StateGroups, visits: Visits) -> th.Tensor:
+    comparison = groups.compare(visits)
     return comparison.scores - comparison.centred
 
 
@@ -235,11 +235,11 @@ def test_equal_returns_give_exactly_zero(make: Callable[[], Visits], constant: f
         assert (ScoreScale("batch")(comparison.centred, comparison.scores, None) == 0.0).all()
 
 
-def advantages_of_rollouts(scale_rewards: str, change: Callable[[Visits], Visits], unit: float = 1.0) -> list[th.Tensor]:
+def advantages_of_rollouts(scale_rewards: str, change: Callable[[Visits], Visits]) -> list[th.Tensor]:
     groups, scale, advantages = state_groups(), ScoreScale(scale_rewards), []
     for seed in range(3):
-        comparison = groups.compare(change(rollout(seed=seed)), unit)
-        advantages.append(scale(comparison.centred, comparison.scores, comparison.group_std, unit))
+        comparison = groups.compare(change(rollout(seed=seed)))
+        advantages.append(scale(comparison.centred, comparison.scores, comparison.group_std))
     return advantages
 
 
@@ -253,20 +253,6 @@ def test_state_groups_ignore_a_constant_and_a_factor(scale_rewards: str) -> None
     factor = 1.0 if scale_rewards == "none" else 1000.0
     larger = advantages_of_rollouts(scale_rewards, lambda visits: replace(visits, rewards=factor * visits.rewards))
     th.testing.assert_close(larger, plain, rtol=1e-4, atol=1e-4)
-
-
-def test_memory_carries_no_old_reward_scale() -> None:
-    """Rewards divided by a number that changes from rollout to rollout, as VecNormalize does."""
-    units = {0: 1.0, 1: 7.0, 2: 0.03}
-    outcomes = []
-    for divide in (False, True):
-        groups, scale = state_groups(), ScoreScale("batch")
-        for seed, unit in units.items():
-            unit = unit if divide else 1.0
-            visits = rollout(seed=seed)
-            comparison = groups.compare(replace(visits, rewards=visits.rewards / unit), unit)
-            outcomes.append(scale(comparison.centred, comparison.scores, None, unit))
-    th.testing.assert_close(outcomes[3:], outcomes[:3], rtol=1e-4, atol=1e-4)
 
 
 def test_the_global_generator_is_left_alone() -> None:

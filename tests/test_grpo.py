@@ -479,3 +479,17 @@ def test_layers_of_vectorized_environments(layers: str, group_by: str) -> None:
     before = weights(model)
     model.learn(256)
     assert not same(before, weights(model))
+
+
+def test_scores_do_not_see_the_moving_divisor_of_vec_normalize() -> None:
+    """Neither a rollout nor what is remembered of earlier ones: the advantages are those without it."""
+    advantages = []
+    for norm_reward in (False, True):
+        env = VecNormalize(make_vec_env("Pendulum-v1", 4, seed=0), norm_obs=False, norm_reward=norm_reward)
+        model = GRPO("MlpPolicy", env, **{**FAST, "learning_rate": 0.0})
+        seen = []
+        for rollout in range(3):
+            model.learn(4 * 64, reset_num_timesteps=rollout == 0)
+            seen.append(model.rollout_buffer.advantages.copy())
+        advantages.append(np.stack(seen))
+    np.testing.assert_allclose(advantages[1], advantages[0], rtol=1e-3, atol=1e-3)
