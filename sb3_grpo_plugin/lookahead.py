@@ -15,7 +15,7 @@ executed action among them), the mean over them estimates the policy gradient.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch as th
@@ -160,6 +160,11 @@ def received(actions: th.Tensor, policy: ActorCriticPolicy) -> th.Tensor:
     return th.clamp(actions, low, high)
 
 
+def is_enumerated(space: spaces.Space, group_size: int) -> TypeGuard[spaces.Discrete]:
+    """Whether the candidates are all the actions there are."""
+    return isinstance(space, spaces.Discrete) and bool(space.n <= group_size)
+
+
 def draw_candidates(
     policy: ActorCriticPolicy, observations: Any, executed: th.Tensor, log_prob: th.Tensor, group_size: int
 ) -> tuple[th.Tensor, th.Tensor]:
@@ -175,7 +180,7 @@ def draw_candidates(
     """
     space = policy.action_space
     n = len(executed)
-    if isinstance(space, spaces.Discrete) and space.n <= group_size:
+    if is_enumerated(space, group_size):
         candidates = th.arange(int(space.n), device=executed.device).expand(n, -1)
         logits = actor_distribution(policy, observations).distribution.logits
         return candidates[..., None], logits
@@ -317,8 +322,7 @@ class ActionGroups:
                 self.branch_steps += simulator.n_steps
             else:
                 self.model_steps += simulator.n_steps
-        space = policy.action_space
-        enumerated = isinstance(space, spaces.Discrete) and space.n <= self.group_size
+        enumerated = is_enumerated(policy.action_space, self.group_size)
         empty = th.empty(0, device=old_log_prob.device)
         return th.cat(scores), TrainingData(observations, actions, old_log_prob, empty, empty, enumerated=enumerated)
 

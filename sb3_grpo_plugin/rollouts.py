@@ -18,6 +18,11 @@ def map_observation(function: Callable[..., Any], *observations: Any) -> Any:
     return function(*observations)
 
 
+def stack_observations(*observations: Any) -> Any:
+    """Observations along a new first dimension, key by key if they are dictionaries."""
+    return map_observation(lambda *rows: np.stack(rows), *observations)
+
+
 def follow(values: Array, last: Array, ends: Sequence[tuple[int, int]], end_values: Array | None) -> Array:
     """
     What came after each step: the next row, except where an episode ended.
@@ -97,7 +102,7 @@ class RolloutRecord:
 
     def end_observations(self) -> Observation:
         """The last observation of each ended episode as the policy would have seen it, ``[len(ends), ...]``."""
-        return map_observation(lambda *rows: np.stack(rows), *(end[3] for end in self.ends))
+        return stack_observations(*(end[3] for end in self.ends))
 
     def states(self, observations: Observation, last_observation: Observation) -> tuple[Observation, Observation]:
         """
@@ -106,10 +111,10 @@ class RolloutRecord:
         :return: the states before and after each step in the environment's own units, both ``[n_steps, n_envs, ...]``
         """
         if self._normalizer is not None:
-            observations = map_observation(lambda *rows: np.stack(rows), *self._raw[:-1])
+            observations = stack_observations(*self._raw[:-1])
             last_observation = self._raw[-1]
         ends = [(step, env) for step, env, *_ in self.ends]
-        end_states = map_observation(lambda *rows: np.stack(rows), *(end[-1] for end in self.ends)) if ends else None
+        end_states = stack_observations(*(end[-1] for end in self.ends)) if ends else None
 
         def after(values: np.ndarray, last: np.ndarray, *end_values: np.ndarray) -> np.ndarray:
             shape = values.shape[2:]
