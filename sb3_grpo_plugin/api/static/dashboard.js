@@ -411,15 +411,15 @@ class Card {
 
   show() {
     const record = this.job;
-    const active = ACTIVE.has(record.status);
     translate(this.element);
     this.element.dataset.status = record.status;
     setText(this.title, this.name);
     setText(this.badge, t(record.status));
     setText(this.about, [record.env_name, record.reward_function_type].filter(Boolean).join(" · "));
-    if (!active && document.activeElement === this.stop) this.element.focus();
-    this.stop.hidden = !active;
-    this.stop.disabled = record.status === "stopping";
+    const stoppable = record.status === "queued" || record.status === "running";
+    // What disappears must not take the focus with it
+    if (!stoppable && document.activeElement === this.stop) this.element.focus();
+    this.stop.hidden = !stoppable;
     this.stop.setAttribute("aria-label", t("stop_label", { model: this.name }));
     const done = record.current_timesteps ?? 0;
     const share = record.total_timesteps ? Math.min(1, done / record.total_timesteps) : 0;
@@ -504,7 +504,7 @@ function showJobs() {
     if (card.element !== place) list.insertBefore(card.element, place);
     else place = place.nextElementSibling;
     // What a stream said is newer than a list that was asked for before
-    if (card.job && state.streams.has(card.id) && Date.now() - card.heard < 3000) card.show();
+    if (card.job && hears(card)) card.show();
     else card.update(record);
   }
   $("jobs-empty").hidden = state.jobs.length > 0;
@@ -514,14 +514,12 @@ function showJobs() {
 
 async function stopJob(card) {
   const message = $("jobs").querySelector(".message");
-  card.stop.disabled = true;
   try {
     const answer = await call(job(card.id, "stop"), { method: "POST" });
     card.update({ ...card.job, status: answer.status });
     // A job that only waited is stopped at once
     say(message, answer.status === "stopping" ? t("stop_sent", { model: card.name }) : "");
   } catch (error) {
-    card.stop.disabled = false;
     report(message, error);
   }
 }
@@ -548,6 +546,11 @@ function closeStream(id) {
   state.streams.delete(id);
 }
 
+// Whether a stream tells of the job: some proxies hold streams back until they end
+function hears(card) {
+  return state.streams.has(card.id) && Date.now() - card.heard < 3000;
+}
+
 function openStreams() {
   for (const record of state.jobs) {
     const card = state.cards.get(record.job_id);
@@ -558,7 +561,7 @@ function openStreams() {
 async function readCurves() {
   for (const card of [...state.cards.values()]) {
     const unread = !card.curve.size && !card.asked;
-    const live = ACTIVE.has(card.job.status) && !state.streams.has(card.id);
+    const live = ACTIVE.has(card.job.status) && !hears(card);
     if (card.job.status === "queued" || !(unread || live)) continue;
     card.asked = true;
     await card.readCurve();
@@ -716,9 +719,7 @@ function chooseModel() {
   showSpace();
 }
 
-async function predict(event) {
-  event.preventDefault();
-  const form = $("try-form");
+async function predict(form) {
   const message = form.querySelector(".message");
   say(message, "");
   let observation;
@@ -751,15 +752,11 @@ async function predict(event) {
 
 const player = { frames: [], at: 0, timer: 0, fps: 30, model: "" };
 
-async function rollout(event) {
-  event.preventDefault();
-  const form = $("rollout-form");
+async function rollout(form) {
   const message = form.querySelector(".message");
-  const button = form.querySelector("[type=submit]");
   const name = $("try-form").elements.model_name.value;
   stopPlaying();
   say(message, t("rendering"));
-  button.disabled = true;
   try {
     const seed = encodeURIComponent(form.elements.seed.value || "0");
     const answer = await call(model(name, `/rollout?seed=${seed}&max_steps=500`));
@@ -778,8 +775,6 @@ async function rollout(event) {
     if (!matchMedia("(prefers-reduced-motion: reduce)").matches) play();
   } catch (error) {
     report(message, error);
-  } finally {
-    button.disabled = false;
   }
 }
 
@@ -845,12 +840,9 @@ function markField(input, text) {
   input.closest(".field").append(note);
 }
 
-async function start(event) {
-  event.preventDefault();
-  const form = $("start-form");
+async function start(form) {
   const message = form.querySelector(".message");
   const inputs = [...form.elements].filter((input) => input.name);
-  const button = form.querySelector("[type=submit]");
   const body = {};
   const wrong = [];
   say(message, "");
@@ -862,7 +854,6 @@ async function start(event) {
     else if (text) body[input.name] = input.type === "number" ? Number(text) : text;
   }
   if (wrong.length) return showWrong(wrong);
-  button.disabled = true;
   try {
     const answer = await call("train", { method: "POST", body });
     say(message, t("started", { model: body.model_name ?? answer.job_id }));
@@ -872,8 +863,6 @@ async function start(event) {
     const named = (error.fields ?? []).map((item) => [inputs.find((input) => input.name === item.loc?.at(-1)), item.msg]);
     if (named.length && named.every(([input]) => input)) showWrong(named);
     else report(message, error);
-  } finally {
-    button.disabled = false;
   }
 }
 
@@ -919,9 +908,7 @@ async function enter(session) {
   await Promise.all([readModels(), poll()]);
 }
 
-async function logIn(event) {
-  event.preventDefault();
-  const form = $("login-form");
+async function logIn(form) {
   const message = form.querySelector(".message");
   try {
     await call("login", { method: "POST", body: { api_key: form.elements.api_key.value } });
@@ -950,7 +937,7 @@ async function poll() {
     openStreams();
     await readCurves();
     if (Date.now() - state.modelsRead > 15000) await readModels();
-    if (state.jobs.some((record) => ACTIVE.has(record.status) && !state.streams.has(record.job_id))) delay = 2000;
+    if ([...state.cards.values()].some((card) => ACTIVE.has(card.job.status) && !hears(card))) delay = 2000;
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
     if (error.status === 401) return lock("session_over");
@@ -977,17 +964,26 @@ async function begin() {
   }
 }
 
-$("start-form").addEventListener("submit", start);
+// One request at a time; a disabled button would lose the focus
+function onSubmit(form, act) {
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (form.ariaBusy === "true") return;
+    form.ariaBusy = "true";
+    await act(form).finally(() => { form.ariaBusy = "false"; });
+  });
+}
+
+onSubmit($("start-form"), start);
+onSubmit($("login-form"), logIn);
+onSubmit($("try-form"), predict);
+onSubmit($("rollout-form"), rollout);
 $("start-form").elements.env_name.addEventListener("input", showRewards);
-$("login-form").addEventListener("submit", logIn);
-$("try-form").addEventListener("submit", predict);
 $("try-form").elements.model_name.addEventListener("change", chooseModel);
-$("rollout-form").addEventListener("submit", rollout);
 $("play").addEventListener("click", () => (player.timer ? stopPlaying() : play()));
 $("position").addEventListener("input", () => {
-  stopPlaying();
   player.at = Number($("position").value);
-  showFrame();
+  stopPlaying();
 });
 $("jobs-more").addEventListener("click", () => {
   state.limit += PAGE;
