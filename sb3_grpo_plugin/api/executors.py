@@ -145,9 +145,10 @@ class ProcessWorker:
 
     def kill(self) -> None:
         # Its own session: what it started goes with it
-        with contextlib.suppress(OSError, AttributeError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.kill()
+        if self.process.poll() is None:
+            with contextlib.suppress(OSError, AttributeError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
 
 
 class Processes:

@@ -28,7 +28,15 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.engine import URL, Engine
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    InterfaceError,
+    InternalError,
+    NoSuchModuleError,
+    OperationalError,
+    SQLAlchemyError,
+)
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sb3_grpo_plugin.api.schemas import ENDED
@@ -191,10 +199,9 @@ class Store:
         try:
             with Session(self.engine, expire_on_commit=False) as session:
                 yield session
-        except DBAPIError as error:
+        except (OperationalError, InterfaceError, InternalError) as error:
             raise DatabaseDown(str(error.orig).strip()) from error
-        except SQLAlchemyError as error:
-            # The pool gives no connection
+        except PoolTimeout as error:
             raise DatabaseDown(str(error)) from error
 
     @contextmanager
@@ -285,7 +292,8 @@ class Store:
             # A job that goes on from its checkpoint passes some points again
             session.execute(delete(Point).where(Point.job_id == job_id, Point.timesteps >= timesteps))
             session.add(Point(job_id=job_id, timesteps=timesteps, **{key: values.get(key) for key in CURVES}))
-            session.execute(update(Job).where(Job.job_id == job_id).values(**job_values))
+            if job_values:
+                session.execute(update(Job).where(Job.job_id == job_id).values(**job_values))
 
     def points(self, job_id: str, after: int = -1) -> Sequence[Point]:
         """
@@ -361,7 +369,9 @@ def make_engine(url: URL) -> Engine:
     :return: that gives up on a silent server after seconds
     """
     if url.get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True, pool_size=10, pool_timeout=5, connect_args={"connect_timeout": 5})
+        # Databases of the encoding SQL_ASCII give bytes unless asked for text
+        connect = {"connect_timeout": 5, "client_encoding": "utf8"}
+        return create_engine(url, pool_pre_ping=True, pool_size=10, pool_timeout=5, connect_args=connect)
     engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
 
     @event.listens_for(engine, "connect")
