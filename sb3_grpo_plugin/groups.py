@@ -32,11 +32,11 @@ def reverse_scan(x: th.Tensor, decay: th.Tensor) -> th.Tensor:
     :param decay: broadcastable to ``x``; the last row is not used
     :return: ``y``, the shape of ``x``
     """
-    y, decay = x.clone(), decay.clone()
+    y, decay, later = x.clone(), decay.clone(), th.empty_like(x)
     stride = 1
     while stride < len(x):
-        # The right-hand side is complete before it is written, and a row only reads rows after it
-        y[:-stride] += decay[:-stride] * y[stride:]
+        # A row only reads rows after it, as they were: they are read before any is written
+        y[:-stride] += th.mul(decay[:-stride], y[stride:], out=later[stride:])
         decay[:-stride] = decay[:-stride] * decay[stride:]
         decay[-stride:] = 0.0
         stride *= 2
@@ -230,18 +230,21 @@ class StateGroups:
     :param gae_lambda: lambda of the returns that are compared
     :param seed: of the random features; the global generators are not used
     :param remember: whether earlier rollouts count; not where the features themselves are learned
+    :param novelty_coef: weight of a bonus for coming to states unlike those visited so far, see :meth:`_novelty`
     """
 
     gamma: float
     gae_lambda: float
     seed: int = 0
     remember: bool = True
+    novelty_coef: float = 0.0
     _frequencies: th.Tensor | None = field(default=None, repr=False)
     _offsets: th.Tensor | None = field(default=None, repr=False)
     _center: th.Tensor | None = field(default=None, repr=False)
     _width: th.Tensor | None = field(default=None, repr=False)
     _remembered: th.Tensor | None = field(default=None, repr=False)
     _bordering: th.Tensor | None = field(default=None, repr=False)
+    _visited: th.Tensor | None = field(default=None, repr=False)
 
     def compare(self, visits: Visits) -> Comparison:
         """
@@ -249,8 +252,11 @@ class StateGroups:
         :return: the rollout's lambda-returns and how they compare with those of their groups
         """
         self._whiten(visits.features)
-        phi = self._embed(visits.features)
-        after = self._embed(visits.next_features) * (self.gamma * (1.0 - visits.terminated))[..., None]
+        phi, after = self._embed_steps(visits.features, visits.next_features)
+        rewards = visits.rewards
+        if self.novelty_coef > 0:
+            rewards = rewards + self.novelty_coef * self._novelty(after)
+        after *= (self.gamma * (1.0 - visits.terminated))[..., None]
         decay = (self.gamma * self.gae_lambda * (1.0 - visits.dones))[..., None]
         fragments = fragment_ids(visits.episode_starts)
         folds, excludes = assign_folds(fragments, block_length(self.gamma, self.gae_lambda))
@@ -258,17 +264,36 @@ class StateGroups:
 
         # Baselines are solved as differences from one constant, which keeps rounding out of returns that are alike
         step = 1.0 - self.gamma * (1.0 - visits.terminated)
-        offset = visits.rewards.sum() / step.sum()
-        rewards = visits.rewards - offset * step
+        offset = rewards.sum() / step.sum()
+        rewards = rewards - offset * step
 
-        weights = self._solve(phi, after, rewards, decay, borders, folds, excludes, offset)
+        # What a step's features are worth beyond what comes after it; large, so it takes the place of `after`
+        differences = after.neg_().add_(phi)
+        weights = self._solve(phi, differences, rewards, decay, borders, folds, excludes, offset)
         values = phi @ weights.T
-        residuals = rewards[..., None] + after @ weights.T - values
+        residuals = rewards[..., None] - differences @ weights.T
         own = folds[..., None]
         centred = reverse_scan(residuals, decay).gather(-1, own).squeeze(-1)
         scores = centred + values.gather(-1, own).squeeze(-1) + offset
         alike = centred.abs() <= ALIKE_TOLERANCE * scores.abs().max()
         return Comparison(th.where(alike, 0.0, centred), scores, None, th.ones_like(alike), alike)
+
+    def _novelty(self, phi: th.Tensor) -> th.Tensor:
+        """
+        How little is known of each state, ``phi . (ridge + sum of phi phi^T over all visits so far)^-1 phi``, from 1 down to 0.
+
+        The uncertainty of a linear estimate, as in LSVI-UCB (Jin et al. 2020, https://arxiv.org/abs/1907.05388) and, without
+        the root as here, in E3B (Henaff et al. 2022, https://arxiv.org/abs/2210.05805).
+
+        :param phi: the states' features, ``[n_steps, n_envs, n_features]``
+        :return: ``[n_steps, n_envs]``
+        """
+        rows = phi.flatten(0, 1)
+        if self._visited is None or not self.remember:
+            self._visited = RIDGE * th.eye(rows.shape[-1], dtype=th.float64, device=rows.device)
+        self._visited += (rows.T @ rows).double()
+        factor = th.linalg.cholesky(self._visited).to(rows)
+        return th.linalg.solve_triangular(factor, rows.T, upper=False).square().sum(0).view(phi.shape[:2])
 
     def _whiten(self, features: th.Tensor) -> None:
         """Fix the units of states: those of the first rollout where rollouts are remembered, else those of each."""
@@ -284,19 +309,27 @@ class StateGroups:
             self._frequencies = (normal / (chi2 * dim).sqrt()).to(features)
             self._offsets = (2 * math.pi * th.rand(N_FEATURES, generator=generator)).to(features)
 
+    def _embed_steps(self, features: th.Tensor, next_features: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """Both embedded. Nearly every state comes twice, as the next one of its predecessor: it is embedded once."""
+        phi = self._embed(th.cat((features, next_features[-1:])))
+        after = phi[1:].clone()
+        jumped = (next_features[:-1] != features[1:]).any(-1)
+        after[:-1][jumped] = self._embed(next_features[:-1][jumped])
+        return phi[:-1], after
+
     def _embed(self, features: th.Tensor) -> th.Tensor:
         """``[..., dim]`` -> ``[..., 1 + dim + N_FEATURES]``: a constant, linear terms and random Fourier features."""
         assert self._center is not None and self._width is not None
         assert self._frequencies is not None and self._offsets is not None
         whitened = ((features - self._center) / self._width).clamp(-CLIP, CLIP)
-        waves = (whitened @ self._frequencies + self._offsets).cos()
+        waves = (whitened @ self._frequencies).add_(self._offsets).cos_().mul_(math.sqrt(2.0 / N_FEATURES))
         linear = whitened / math.sqrt(whitened.shape[-1])
-        return th.cat((th.ones_like(waves[..., :1]), linear, waves * math.sqrt(2.0 / N_FEATURES)), dim=-1)
+        return th.cat((th.ones_like(waves[..., :1]), linear, waves), dim=-1)
 
     def _solve(
         self,
         phi: th.Tensor,
-        after: th.Tensor,
+        differences: th.Tensor,
         rewards: th.Tensor,
         decay: th.Tensor,
         borders: th.Tensor,
@@ -311,7 +344,7 @@ class StateGroups:
         within its fold, faded by ``gamma * lambda``, are worth, and that this is equal to the rewards, faded alike.
         """
         within = th.cat((folds[1:] == folds[:-1], th.zeros_like(borders[:1])))[..., None]
-        rows = reverse_scan(th.cat((phi - after, rewards[..., None]), dim=-1), decay * within).flatten(0, 1)
+        rows = reverse_scan(th.cat((differences, rewards[..., None]), dim=-1), decay * within).flatten(0, 1)
         phi = phi.flatten(0, 1)
         part, order = (2 * folds + borders).flatten().sort()
         chunks = order.split(th.bincount(part, minlength=2 * len(excludes)).tolist())
@@ -320,18 +353,21 @@ class StateGroups:
         system = (others @ sums.sum(1).flatten(1)).view(len(others), *sums.shape[2:]).double()
         if self.remember:
             if self._remembered is not None:
-                known = self._remembered.clone()
-                known[:, -1] -= offset * known[:, 0]
-                system = system + known
+                system += self._remembered
+                system[..., -1] -= offset * self._remembered[:, 0]
             # The constant's column says how much of the offset each row of rewards lacks
             closed, bordering = memories = sums.sum(0).double()
             memories[..., -1] += offset * memories[..., 0]
             fade = math.exp(-len(phi) / MEMORY)
-            earlier = 0.0 if self._remembered is None or self._bordering is None else self._remembered + self._bordering
-            self._remembered, self._bordering = fade * (earlier + closed), fade * bordering
-        penalty = th.full((phi.shape[-1],), RIDGE, dtype=th.float64, device=phi.device)
-        penalty[0] = 1e-6 * len(phi)  # the constant is free; this only keeps the system solvable
-        return th.linalg.solve(system[..., :-1] + penalty.diag(), system[..., -1]).to(phi.dtype)
+            if self._remembered is not None and self._bordering is not None:
+                closed += self._remembered
+                closed += self._bordering
+            self._remembered, self._bordering = fade * closed, fade * bordering
+        matrices = system[..., :-1]
+        matrices.diagonal(dim1=-2, dim2=-1)[:, 1:] += RIDGE
+        # The constant is free; this only keeps the system solvable
+        matrices[:, 0, 0] += 1e-6 * len(phi)
+        return th.linalg.solve(matrices, system[..., -1]).to(phi.dtype)
 
 
 @dataclass

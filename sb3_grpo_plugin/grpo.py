@@ -135,6 +135,8 @@ class GRPO(PPO):
         the paper). 0 keeps no reference
     :param supervision: Episode groups: ``"process"`` compares returns to go at the same step of an episode, ``"outcome"``
         the returns of whole episodes (DeepSeekMath, sections 4.1.3 and 4.1.2)
+    :param novelty_coef: State groups: weight of a bonus, at most 1 per step and fading with visits, for coming to states unlike
+        those visited so far. For rewards that chance does not find (MountainCar). 0: equal returns are no signal
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: options that contradict each other, or from which no group can be formed
     """
@@ -183,6 +185,7 @@ class GRPO(PPO):
         clip_range_high: float | None = None,
         kl_coef: float = 0.0,
         supervision: str = "process",
+        novelty_coef: float = 0.0,
     ):
         super().__init__(
             policy,
@@ -221,6 +224,7 @@ class GRPO(PPO):
         self.clip_range_high = clip_range_high
         self.kl_coef = kl_coef
         self.supervision = supervision
+        self.novelty_coef = novelty_coef
         self.branch_steps = 0
         self.model_steps = 0
         self._callable_name = getattr(reward_function, "__name__", type(reward_function).__name__)
@@ -244,7 +248,7 @@ class GRPO(PPO):
         for name, least in (("group_size", 2), ("horizon", 1), ("n_epochs", 1), ("n_steps", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
-        for name in ("kl_coef", "clip_range_high"):
+        for name in ("kl_coef", "clip_range_high", "novelty_coef"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"`{name}` must not be negative, got {value}.")
@@ -269,6 +273,8 @@ class GRPO(PPO):
         self._grouping, self._action_groups = self._choose_grouping(env_id)
         if self._grouping != "state" and self.gae_lambda != 0.95:
             warnings.warn(f"`gae_lambda` has no effect with group_by='{self._grouping}'.", stacklevel=3)
+        if self._grouping != "state" and self.novelty_coef > 0:
+            warnings.warn(f"`novelty_coef` has no effect with group_by='{self._grouping}'.", stacklevel=3)
         if self.env is None:
             return
         if self._grouping == "state":
@@ -303,7 +309,9 @@ class GRPO(PPO):
         super()._setup_model()
         self._adopt_policy(self.policy)
         moving_features = any(True for _ in self.policy.pi_features_extractor.parameters())
-        self._state_groups = groups.StateGroups(self.gamma, self.gae_lambda, self.seed or 0, remember=not moving_features)
+        self._state_groups = groups.StateGroups(
+            self.gamma, self.gae_lambda, self.seed or 0, remember=not moving_features, novelty_coef=self.novelty_coef
+        )
         self._scale = groups.ScoreScale(self.scale_rewards)
         self._record = RolloutRecord()
         self._candidates: TrainingData | None = None

@@ -255,6 +255,29 @@ def test_state_groups_ignore_a_constant_and_a_factor(scale_rewards: str) -> None
     th.testing.assert_close(larger, plain, rtol=1e-4, atol=1e-4)
 
 
+def test_novelty_is_what_visits_have_left_unknown() -> None:
+    groups, rollouts = state_groups(novelty_coef=1.0), [rollout(seed=1), rollout(seed=2)]
+    groups.compare(rollouts[0])
+    phi = [groups._embed(visits.next_features).double() for visits in rollouts]
+    visited = th.cat(phi).flatten(0, 1)
+    known = (RIDGE * th.eye(visited.shape[-1]) + visited.T @ visited).inverse()
+    expected = (phi[1] @ known * phi[1]).sum(-1)
+    assert th.allclose(groups._novelty(phi[1].float()).double(), expected, rtol=1e-3)
+    assert 0 < expected.min() and expected.max() < 1
+
+
+def test_novelty_makes_equal_returns_a_signal_and_fades() -> None:
+    alike = replace(rollout(), rewards=th.zeros(48, 2))
+    assert state_groups().compare(alike).alike.all()
+    groups = state_groups(novelty_coef=1.0)
+    spreads = [float(groups.compare(alike).scores.std()) for _ in range(40)]
+    assert not groups.compare(alike).alike.any()
+    assert spreads[-1] < 0.2 * spreads[0]
+    # Twice the weight is twice the bonus
+    twice = state_groups(novelty_coef=2.0).compare(alike)
+    assert th.allclose(twice.scores, 2 * state_groups(novelty_coef=1.0).compare(alike).scores, rtol=1e-3, atol=1e-5)
+
+
 def test_the_global_generator_is_left_alone() -> None:
     before = th.get_rng_state()
     state_groups(seed=3).compare(rollout())
