@@ -80,7 +80,7 @@ def test_a_job_that_dies_again_and_again_is_given_up_with_its_model() -> None:
         def unseen() -> list[Any]:
             return [process for process in workers(job_id) if process.pid not in seen]
 
-        for _ in range(4):
+        for _ in range(8):
             # Before the first update, which writes a checkpoint
             fresh = eventually(lambda: unseen() or status(server, job_id)["status"] == "interrupted")
             if fresh is True:
@@ -240,5 +240,5 @@ def test_a_full_disk_costs_checkpoints_not_the_server(tmp_path: Path) -> None:
         if server.process.poll() is None:
             os.kill(server.process.pid, signal.SIGKILL)
             server.process.wait()
-        time.sleep(1)
-        subprocess.run(["umount", str(disk)], check=True)
+        # Lazily: a worker may still be on its way out of it
+        subprocess.run(["umount", "-l", str(disk)], check=True)

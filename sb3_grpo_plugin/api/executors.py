@@ -16,9 +16,11 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from sb3_grpo_plugin.api.settings import Settings
+if TYPE_CHECKING:
+    # Nodes of a cluster need no web framework
+    from sb3_grpo_plugin.api.settings import Settings
 
 LOG, RESUME = "log.txt", "resume.zip"
 # What a worker needs not know
@@ -274,7 +276,9 @@ class RayWorker:
         self.actor.drop.remote(name)
 
     def kill(self) -> None:
-        self.ray.kill(self.actor)
+        # It may be gone already, or the cluster
+        with contextlib.suppress(Exception):
+            self.ray.kill(self.actor)
 
 
 class RayCluster:
@@ -286,7 +290,7 @@ class RayCluster:
     :raises ValueError: there is no Ray, or no cluster
     """
 
-    def __init__(self, settings: Settings, data_id: str) -> None:
+    def __init__(self, settings: "Settings", data_id: str) -> None:
         try:
             import ray
         except ImportError as error:
@@ -307,7 +311,7 @@ class RayCluster:
                 )
         except Exception as error:
             raise ValueError(f"SB3_GRPO_RAY_ADDRESS={address}: the cluster cannot be used. {error}") from error
-        self.host = ray.remote(Host).options(num_cpus=1, max_restarts=0)
+        self.host = ray.remote(num_cpus=1, max_restarts=0)(Host)
 
     def start(self, spec: dict[str, Any], folder: Path, resume: Path | None, wake: Callable[[], None]) -> Worker | None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -333,7 +337,7 @@ def without_secrets() -> Any:
         os.environ.update(hidden)
 
 
-def make_executor(settings: Settings, data_id: str) -> Executor:
+def make_executor(settings: "Settings", data_id: str) -> Executor:
     """
     :param settings: of the server
     :param data_id: of the data folder

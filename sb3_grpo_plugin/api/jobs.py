@@ -22,7 +22,7 @@ from sb3_grpo_plugin.api.worker import LOCK
 logger = logging.getLogger("sb3_grpo_plugin.api")
 
 # Starts of a job that brought it no further, before it is given up
-ATTEMPTS = 3
+ATTEMPTS = 5
 TICK_SECONDS = 0.5
 # When a database is away, or an earlier worker of a job is not gone yet
 PATIENCE_SECONDS = 2.0
@@ -64,17 +64,21 @@ class Supervisor:
     def recover(self) -> None:
         """Pick up what an earlier server left; its workers ended with it, or are about to."""
         for job in self.store.unfinished():
-            if job.status == "queued":
-                continue
-            if job.stop_requested:
-                self._end(job.job_id, "stopped", None)
-            else:
-                # That the server died says nothing about the job
-                self._requeue(job, attempts=max(job.attempts - 1, 0))
+            self._pick_up(job)
         known = {model.sha256 for model in self.store.models()}
         for path in self.models.iterdir():
             if path.stem not in known or path.suffix != ".zip":
                 path.unlink()
+
+    def _pick_up(self, job: Job) -> None:
+        """A job that is recorded as running, and that nobody runs."""
+        if job.status == "queued" or job.job_id in self.workers:
+            return
+        if job.stop_requested:
+            self._end(job.job_id, "stopped", None)
+        else:
+            # That the server or its database went away says nothing about the job
+            self._requeue(job, attempts=max(job.attempts - 1, 0))
 
     def submit(self, job: Job) -> None:
         """
@@ -153,6 +157,7 @@ class Supervisor:
         for job in self.store.unfinished():
             if len(self.workers) >= self.settings.workers:
                 return
+            self._pick_up(job)
             if job.status == "queued" and self._not_before.get(job.job_id, 0.0) <= now:
                 self._start(job)
 
@@ -187,8 +192,13 @@ class Supervisor:
         resume = None if model is None else self.models / f"{model.sha256}.zip"
         try:
             worker = self.executor.start(spec, folder, resume, self.wake)
-        except OSError as error:
-            self._end(job.job_id, "failed", f"The worker could not be started: {error.strerror or error}")
+        except Exception as error:
+            logger.exception("The worker of the job %s could not be started", job.job_id)
+            self._not_before[job.job_id] = time.monotonic() + PATIENCE_SECONDS
+            if job.attempts + 1 < ATTEMPTS:
+                self._requeue(job, attempts=job.attempts + 1)
+            else:
+                self._end(job.job_id, "failed", f"The worker could not be started: {error}")
             return
         if worker is None:
             self._not_before[job.job_id] = time.monotonic() + PATIENCE_SECONDS
@@ -218,10 +228,13 @@ class Supervisor:
                 break
         if told_end:
             # Its last act; whatever is left of it must not hold anything up
-            threading.Timer(PATIENCE_SECONDS, worker.kill).start()
+            timer = threading.Timer(PATIENCE_SECONDS, worker.kill)
+            timer.daemon = True
+            timer.start()
         elif ended is None:
             return
         else:
+            worker.kill()
             self._lost(job_id, ended)
         del self.workers[job_id]
         job = self.store.job(job_id)
@@ -300,12 +313,9 @@ class Supervisor:
             self._requeue(job, attempts=job.attempts)
         else:
             kept = self.store.model(job.model_name) is not None
-            self._end(
-                job_id,
-                "interrupted" if kept else "failed",
-                f"The worker ended {job.attempts} times in a row without getting on ({how})."
-                + (" The model is that of the last checkpoint." if kept else ""),
-            )
+            what = "The model is that of the last checkpoint." if kept else "There is no model yet."
+            text = f"The worker ended {job.attempts} times in a row without getting on ({how}). {what}"
+            self._end(job_id, "interrupted", text)
 
     def _requeue(self, job: Job, attempts: int) -> None:
         model = self.store.model(job.model_name)
