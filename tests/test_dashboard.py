@@ -268,7 +268,7 @@ def test_train_watch_stop_and_use(server: Server, visit: Callable[..., Visit]) -
     bar_before, curve_before = bar.evaluate("e => e.value"), path_of(job)
     eventually(lambda: bar.evaluate("e => e.value") > bar_before and path_of(job) != curve_before)
     assert job.locator(".badge").inner_text() == "running"
-    assert job.locator(".numbers dd").first.inner_text() not in ("", "–")
+    assert float(job.locator(".numbers dd").first.inner_text()) > 0
 
     job.get_by_role("button", name="Stop watched").click()
     eventually(lambda: job.locator(".badge").inner_text() == "stopped")
@@ -314,8 +314,8 @@ def test_rollout_plays(server: Server, visit: Callable[..., Visit]) -> None:
     steps, total = page.locator("#frame-text").inner_text().split(" / ")
     assert steps == total and int(total) > 5
     # The agent's pixels, not an empty canvas
-    colours = "new Set(new Uint32Array(document.querySelector('#frame').getContext('2d').getImageData(0,0,600,400).data.buffer)).size"
-    assert page.evaluate(colours) > 3
+    pixels = "document.querySelector('#frame').getContext('2d').getImageData(0, 0, 600, 400).data.buffer"
+    assert page.evaluate(f"new Set(new Uint32Array({pixels})).size") > 3
     end = page.evaluate(picture)
     page.locator("#position").fill("0")
     assert page.evaluate(picture) != end
@@ -365,6 +365,18 @@ def test_says_when_the_server_is_away(server: Server, visit: Callable[..., Visit
     page.get_by_text("The server did not answer.").wait_for()
     page.unroute("**/*")
     page.get_by_text("0 running, 0 queued").wait_for()
+
+
+def test_the_example_client(locked: Server) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "api_client.py"), "--url", locked.url, "--steps", "4096"]
+    environ = {**os.environ, "SB3_GRPO_API_KEY": KEY}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    for words in ("episode reward", "completed after 4,096 steps", "SHA-256", "action", "probabilities"):
+        assert words in done.stdout
+    environ["SB3_GRPO_API_KEY"] = "not-the-key-of-this-test"
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 1 and "401 The API key is wrong." in done.stderr
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------------
@@ -626,12 +638,13 @@ CONTRAST = """() => {
   const light = ([r, g, b]) => [r, g, b].map((v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
     .reduce((sum, v, k) => sum + v * [0.2126, 0.7152, 0.0722][k], 0);
   const back = (e) => { for (; e; e = e.parentElement) {
-    const c = parse(getComputedStyle(e).backgroundColor); if (c.length === 3 || c[3] > 0) return c; } return [255, 255, 255]; };
+    const c = parse(getComputedStyle(e).backgroundColor);
+    if (c.length === 3 || c[3] > 0) return c; } return [255, 255, 255]; };
   const poor = [];
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walk.nextNode()) {
     const e = walk.currentNode.parentElement;
-    if (!walk.currentNode.data.trim() || !e.checkVisibility() || e.closest('.skip, .hidden, :disabled, script, noscript')) continue;
+    if (!walk.currentNode.data.trim() || !e.checkVisibility() || e.closest('.skip, .hidden, :disabled')) continue;
     const style = getComputedStyle(e);
     const [a, b] = [light(parse(e.closest('svg') ? style.fill : style.color)), light(back(e))].sort((x, y) => y - x);
     if ((a + 0.05) / (b + 0.05) < 4.5) poor.push([walk.currentNode.data, (a + 0.05) / (b + 0.05)]);

@@ -62,7 +62,7 @@ export const TEXT = {
   episode_reward: ["Episode reward", "エピソード報酬"],
   episode_length: ["Episode length", "エピソード長"],
   fps: ["Steps per second", "毎秒ステップ数"],
-  frac_reward_zero_std: ["Groups without a difference", "差のないグループの割合"],
+  frac_reward_zero_std: ["Groups without a difference", "差のないグループ"],
   chart_empty: ["No finished episode yet", "終わったエピソードはまだありません"],
   chart_label: ["{what}: from {first} to {last} in {steps} steps", "{what}: {steps} ステップで {first} から {last}"],
   at_step: ["{value} at step {step}", "ステップ {step} で {value}"],
@@ -145,6 +145,11 @@ function short(value) {
   if (size >= 1000) return number(value);
   if (size >= 100) return number(value, 1);
   return new Intl.NumberFormat(state.language, { maximumSignificantDigits: 3 }).format(value);
+}
+
+// The value of a metric: shares are read as percentages
+function shown(name, value) {
+  return name === "frac_reward_zero_std" && Number.isFinite(value) ? t("percent", { n: number(100 * value, 1) }) : short(value);
 }
 
 function duration(seconds) {
@@ -331,7 +336,7 @@ class Chart {
     for (const value of ticks(low, high, height > 90 ? 4 : 3)) {
       const y = this.y(value).toFixed(1);
       this.svg.append(draw("line", { class: "grid", x1: left, x2: width - right, y1: y, y2: y }),
-        draw("text", { class: "y", x: left - 6, y }, short(value)));
+        draw("text", { class: "y", x: left - 6, y }, shown(this.name, value)));
     }
     for (const step of ticks(0, end, width > 360 ? 4 : 2)) {
       const edge = this.x(step) > width - right - 24;
@@ -344,7 +349,7 @@ class Chart {
     this.marker = draw("circle", { class: "dot", r: 3, cx: this.x(step).toFixed(1), cy: this.y(value).toFixed(1) });
     this.svg.append(this.marker);
     this.svg.setAttribute("aria-label",
-      t("chart_label", { what: t(this.name), first: short(values[0]), last: short(value), steps: number(step) }));
+      t("chart_label", { what: t(this.name), first: shown(this.name, values[0]), last: shown(this.name, value), steps: number(step) }));
     this.read(null);
   }
 
@@ -357,7 +362,7 @@ class Chart {
     }
     this.marker.setAttribute("cx", this.x(nearest[0]).toFixed(1));
     this.marker.setAttribute("cy", this.y(nearest[1]).toFixed(1));
-    setText(this.reading, t("at_step", { value: short(nearest[1]), step: number(nearest[0]) }));
+    setText(this.reading, t("at_step", { value: shown(this.name, nearest[1]), step: number(nearest[0]) }));
   }
 }
 
@@ -383,7 +388,7 @@ class Card {
     const numbers = make("dl", { class: "numbers" });
     for (const name of NUMBERS) numbers.append(make("div", {}, make("dt", { "data-text": name }), this.values[name]));
     this.element = make("li", { class: "job", tabindex: "-1" },
-      make("div", { class: "job-head" }, this.title, this.badge, this.about, this.stop),
+      make("div", { class: "job-head" }, make("div", { class: "job-name" }, this.title, this.badge, this.about), this.stop),
       make("div", { class: "job-body" },
         make("div", { class: "job-side" }, this.bar, this.steps, this.time, numbers), this.charts.episode_reward.element),
       this.error, this.more);
@@ -429,7 +434,7 @@ class Card {
       make("span", {}, t("progress_text", { done: number(done), total: number(record.total_timesteps) })),
       make("span", { class: "share" }, t("percent", { n: number(Math.floor(share * 100)) })));
     setText(this.time, this.timeText(done));
-    for (const name of NUMBERS) setText(this.values[name], short(record.metrics?.[name]));
+    for (const name of NUMBERS) setText(this.values[name], shown(name, record.metrics?.[name]));
     setText(this.error, record.error_message ?? "");
     this.error.hidden = !record.error_message;
     this.showFacts();
