@@ -27,7 +27,7 @@ $(VENV)/installed: $(BIN)/python $(PROJECTS)
 	@touch $@
 
 $(VENV)/installed-test: $(BIN)/python $(PROJECTS)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[box2d,mujoco,ray,test]" $(REWARDS)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[box2d,mujoco,ray,api,postgres,test]" $(REWARDS)
 	@touch $@ $(VENV)/installed
 
 train: $(VENV)/installed

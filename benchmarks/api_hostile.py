@@ -23,8 +23,8 @@ Case = tuple[str, str, str, bytes | None, dict[str, str], tuple[int, ...]]
 
 NAMES = (
     "../../etc/passwd", "..", ".", "/", "a/b", "a\\b", "a.zip", "a\x00b", "", " ", "a" * 65, "a" * 100_000, "-rf", "_a",
-    "~root", "CON:", "a\nb", "\u0430dmin", "\u202eabc", "caf\u00e9", "\U0001f4a9", "a\u200bb", "\ufeffa", "%2e%2e%2f", "${HOME}",
-    "$(id)", "`id`", "a;id", "a|id", "{{7*7}}", "<script>", "' OR 1=1--",
+    "~root", "CON:", "a\nb", "\u0430dmin", "\u202eabc", "caf\u00e9", "\U0001f4a9", "a\u200bb", "\ufeffa", "%2e%2e%2f",
+    "${HOME}", "$(id)", "`id`", "a;id", "a|id", "{{7*7}}", "<script>", "' OR 1=1--",
 )  # fmt: skip
 ENVS = (
     "os:system", "os.path:join", "CartPole-v1:x", "builtins:eval", "__import__('os')", "CartPole-v1\x00", "CartPole-v1\n",
@@ -72,7 +72,7 @@ def names() -> Iterator[Case]:
             "POST",
             "/inference",
             json.dumps({"model_name": name, "observation": []}).encode(),
-            post,
+            POST,
             (422,),
         )
     for name in ("..%2f..%2fetc%2fpasswd", "%2e%2e", "..%5c..", "a%00b", "%ff%fe", "a" * 4000):

@@ -25,12 +25,20 @@ def main() -> None:
         # Something to find
         server.wait(server.train(env_name="CartPole-v1", total_timesteps=500, n_steps=16, model_name="cartpole"))
         command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"http://127.0.0.1:{server.port}/openapi.json"]
-        command += ["--checks", CHECKS, "--max-examples", str(args.examples), "--continue-on-failure", "--seed", "1"]
-        command += ["--phases", "examples,coverage,fuzzing,stateful", "--generation-allow-x00", "true"]
+        command += [
+            "--checks",
+            CHECKS,
+            "--max-examples",
+            str(args.examples),
+            "--continue-on-failure",
+            "--seed",
+            "1",
+            "--no-color",
+        ]
+        command += ["--phases", "examples,coverage,fuzzing", "--generation-allow-x00", "true"]
         for path in SKIPPED:
             command += ["--exclude-path", path]
-        done = subprocess.run(command, text=True, capture_output=True)
-        print(done.stdout[-8000:], done.stderr[-2000:])
+        done = subprocess.run(command)
         assert server.call("GET", "/health")[0] == 200
         stumbles = re.findall(r"Traceback.*?\n\n", server.log.read_text(), re.DOTALL)
         print(f"exit status {done.returncode}, tracebacks in the server's log: {len(stumbles)}")

@@ -1,6 +1,5 @@
 """Jobs of the web API on a Ray cluster of this machine."""
 
-import os
 import sys
 import time
 from collections.abc import Callable
