@@ -46,14 +46,29 @@ def mend_benchmark(source: str) -> str:
 
 def mend_push_to_hub(source: str) -> str:
     """
-    ``rl_zoo3.push_to_hub`` converts its video with ``ffmpeg`` without a look whether there is one, and its model card says to
-    install only the zoo.
+    ``rl_zoo3.push_to_hub`` converts its video with ``ffmpeg`` without a look whether there is one, its model card says to
+    install only the zoo, and an upload that breaks does not say what it leaves behind.
 
     :param source: the script
     :return: the same; what it imports makes the difference
     """
     offer_ffmpeg()
-    from huggingface_hub import repocard
+    from huggingface_hub import HfApi, repocard
+
+    upload = HfApi.upload_folder
+
+    @functools.wraps(upload)
+    def upload_folder(self: HfApi, *, repo_id: str, folder_path: str | Path, **options: Any) -> Any:
+        try:
+            return upload(self, repo_id=repo_id, folder_path=folder_path, **options)
+        except Exception as error:
+            raise RuntimeError(
+                f"The upload to {self.endpoint}/{repo_id} broke off, and no commit was confirmed. The repository remains, "
+                f"without the model if it is new: the same command tries again. The log folder is as it was; what was to be "
+                f"uploaded is in {Path(folder_path).absolute()}."
+            ) from error
+
+    HfApi.upload_folder = upload_folder  # type: ignore[method-assign]
 
     # The script's last call before the upload, given the finished card
     save = repocard.metadata_save

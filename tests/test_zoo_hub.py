@@ -104,11 +104,22 @@ def test_connection_cut_in_an_upload(installed: Environment, trained: Path, serv
     done = installed.zoo(*push, cwd=tmp_path, status=1, **variables, PYTHONPATH=str(tmp_path / "hurry"))
     assert any(request.startswith("PUT /uploads/") for request in server.requests)
     assert re.search("(Read|Write|RemoteProtocol)Error", done.stderr), done.stderr
-    # An empty repository remains, and no half-made commit
+    # An empty repository remains, which the message names, and no half-made commit
     assert len(server.repos[REPO]) == 1
-    assert REPO in done.stdout + done.stderr
+    assert f"The upload to {server.endpoint}/{REPO} broke off" in done.stderr
     server.cut_uploads = False
     installed.zoo(*push, cwd=tmp_path, **variables)
+    assert "grpo-CartPole-v1.zip" in server.files(REPO)
+
+
+def test_no_token_for_xet(installed: Environment, trained: Path, server: hub.Hub, tmp_path: Path) -> None:
+    work_in(trained, tmp_path)
+    variables = {**settings(server, tmp_path), "HF_HUB_DISABLE_XET": "0"}
+    done = installed.zoo("push_to_hub", *ENV, *ORGANIZATION, "--no-render", cwd=tmp_path, status=1, **variables)
+    assert any("/xet-write-token/" in request for request in server.requests)
+    assert f"The upload to {server.endpoint}/{REPO} broke off" in done.stderr
+    assert len(server.repos[REPO]) == 1
+    installed.zoo("push_to_hub", *ENV, *ORGANIZATION, "--no-render", cwd=tmp_path, **settings(server, tmp_path))
     assert "grpo-CartPole-v1.zip" in server.files(REPO)
 
 
