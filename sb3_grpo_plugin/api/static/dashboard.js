@@ -888,22 +888,25 @@ function showConnection() {
   else if (state.health) setText(element, t("connected", state.health.queue));
 }
 
+function showApp(open) {
+  for (const id of ["app", "sections", "skip"]) $(id).hidden = !open;
+  $("login").hidden = open;
+}
+
 function lock(reason = "") {
   state.locked = true;
   clearTimeout(state.timer);
   for (const id of [...state.streams.keys()]) closeStream(id);
   stopPlaying();
-  $("app").hidden = true;
+  showApp(false);
   $("logout").hidden = true;
-  $("login").hidden = false;
   say($("login").querySelector(".message"), reason ? t(reason) : "", Boolean(reason));
   $("login-form").elements.api_key.focus();
 }
 
 async function enter(session) {
   state.locked = false;
-  $("login").hidden = true;
-  $("app").hidden = false;
+  showApp(true);
   $("logout").hidden = !session.key_required;
   const [environments, rewards] = await Promise.all([call("environments"), call("rewards")]);
   state.environments = environments.environments;
@@ -933,11 +936,13 @@ async function poll() {
   if (state.locked || document.hidden) return;
   let delay = 5000;
   try {
-    const [health, page] = await Promise.all([call("health"), call(`training/jobs?limit=${state.limit}`)]);
-    if (state.locked) return;
-    Object.assign(state, { health, jobs: page.jobs, total: page.total, online: true });
-    setText($("version"), health.version);
+    state.health = await call("health");
+    state.online = true;
+    setText($("version"), state.health.version);
     showConnection();
+    const page = await call(`training/jobs?limit=${state.limit}`);
+    if (state.locked) return;
+    Object.assign(state, page);
     showJobs();
     openStreams();
     await readCurves();
@@ -946,7 +951,8 @@ async function poll() {
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
     if (error.status === 401) return lock("session_over");
-    state.online = error.status === 429;
+    // Those two come from the server itself: it answers
+    state.online = error.status === 429 || error.status === 503;
     if (error.status === 429) delay = error.wait * 1000;
     showConnection();
   }
