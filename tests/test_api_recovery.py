@@ -204,6 +204,13 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file")
     with pytest.raises(RuntimeError, match="cannot be used"):
         Server(tmp_path / "data").start()
+    # Somebody else's folder is not closed to others
+    other = tmp_path / "other"
+    other.mkdir(mode=0o755)
+    (other / "thesis.txt").write_text("")
+    with pytest.raises(RuntimeError, match=r"it holds other files \(thesis\.txt"):
+        Server(other).start()
+    assert other.stat().st_mode & 0o777 == 0o755
 
 
 def test_a_job_beyond_its_memory_fails_and_says_so() -> None:

@@ -132,15 +132,19 @@ def prepare_folder(folder: Path) -> str:
     import uuid
 
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    present = {path.name for path in folder.iterdir()} - {"lost+found", "id.part"}
+    if present and "id" not in present:
+        # Closing it to others would be a bad surprise
+        raise OSError(f"it holds other files ({min(present)}, ...); name an empty folder or a new one")
     # Also when it was there
     folder.chmod(0o700)
-    for name in ("models", "jobs"):
-        (folder / name).mkdir(mode=0o700, exist_ok=True)
     path = folder / "id"
     if not path.exists():
         part = folder / "id.part"
         part.write_text(uuid.uuid4().hex, encoding="ascii")
         part.replace(path)
+    for name in ("models", "jobs"):
+        (folder / name).mkdir(mode=0o700, exist_ok=True)
     return path.read_text(encoding="ascii").strip()
 
 

@@ -365,7 +365,7 @@ def model(name: Name, server: Server) -> schemas.ModelInfo:
 
 @router.get(
     "/models/{name}/download",
-    response_class=FileResponse,
+    response_class=Response,
     responses={
         **COMMON,
         **MISSING,
@@ -377,12 +377,10 @@ def model(name: Name, server: Server) -> schemas.ModelInfo:
         },
     },
 )
-def download(name: Name, server: Server) -> FileResponse:
-    found = find_model(server, name)
-    path = server.settings.data_dir / "models" / f"{found.sha256}.zip"
-    if not path.is_file():
-        raise HTTPException(409, f"The file of the model {name!r} is gone.")
-    return FileResponse(path, media_type="application/zip", filename=f"{name}.zip")
+def download(name: Name, server: Server) -> Response:
+    _, data = server.inference.read(name)
+    headers = {"Content-Disposition": f'attachment; filename="{name}.zip"'}
+    return Response(data, media_type="application/zip", headers=headers)
 
 
 @router.delete("/models/{name}", responses={**COMMON, **BODY, **MISSING, **CONFLICT, **DATABASE})

@@ -64,6 +64,8 @@ class Agent:
         self.policy = GRPO.load(io.BytesIO(data), device="cpu", custom_objects={"n_steps": 2, "n_envs": 1}).policy
         self.policy.set_training_mode(False)
         parameters = sum(values.numel() for values in self.policy.parameters())
+        # SB3's policies keep the distribution of a prediction in themselves
+        self.lock = threading.RLock()
         # A vector through a small network takes a fraction of a millisecond
         self.quick = parameters < QUICK_PARAMETERS and len(self.space.shape or (0, 0)) <= 1
         self.discrete = isinstance(self.policy.action_space, spaces.Discrete)
@@ -75,7 +77,10 @@ class Agent:
         :return: actions ``[batch, ...]`` and, of a ``Discrete`` space, the probabilities ``[batch, n]``
         :raises ObservationError: an observation does not fit
         """
-        batch = stack(self.space, observations)
+        with self.lock:
+            return self._predict(stack(self.space, observations), deterministic)
+
+    def _predict(self, batch: Any, deterministic: bool) -> tuple[Any, Any]:
         if self.normalize is not None:
             batch = self.normalize.normalize_obs(batch)
         if not self.discrete:
@@ -184,10 +189,7 @@ class Inference:
             if found is not None:
                 self._agents.move_to_end(name)
                 return found
-        model = self.store.model(name)
-        if model is None:
-            raise UnknownModel(name)
-        agent = self._load(model)
+        agent = self._load(*self.read(name))
         with self._lock:
             # Unless it was replaced while it was read
             if self._generation.get(name, 0) == generation:
@@ -196,12 +198,27 @@ class Inference:
                     self._agents.popitem(last=False)
         return agent
 
-    def _load(self, model: Model) -> Agent:
-        path = self.folder / f"{model.sha256}.zip"
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise UnusableModel(f"The file of the model {model.name!r} cannot be read: {error.strerror}.") from error
+    def read(self, name: str) -> tuple[Model, bytes]:
+        """
+        :param name: of the model
+        :return: its record and the content of its file
+        :raises UnknownModel: there is none
+        :raises UnusableModel: its file cannot be read
+        """
+        before = None
+        while True:
+            model = self.store.model(name)
+            if model is None:
+                raise UnknownModel(name)
+            try:
+                return model, (self.folder / f"{model.sha256}.zip").read_bytes()
+            except OSError as error:
+                # A newer checkpoint may have taken its place between the two
+                if model.sha256 == before:
+                    raise UnusableModel(f"The file of the model {name!r} cannot be read: {error.strerror}.") from error
+                before = model.sha256
+
+    def _load(self, model: Model, data: bytes) -> Agent:
         # A model's file holds pickles: only what this server wrote is opened
         if hashlib.sha256(data).hexdigest() != model.sha256:
             raise UnusableModel(f"The file of the model {model.name!r} changed since it was written; it is not loaded.")
@@ -220,9 +237,12 @@ class Inference:
         See ``Agent.predict`` and ``agent``.
         """
         agent = self._agents.get(name)
-        if agent is not None and agent.quick and len(observations) == 1:
+        if agent is not None and agent.quick and len(observations) == 1 and agent.lock.acquire(blocking=False):
             # Two changes of threads would take longer than the prediction
-            return agent.predict(observations, deterministic)
+            try:
+                return agent.predict(observations, deterministic)
+            finally:
+                agent.lock.release()
         return await self._in(self._predictions, lambda: self.agent(name).predict(observations, deterministic))
 
     async def rollout(self, name: str, seed: int, max_steps: int) -> dict[str, Any]:
