@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import numpy as np
+import psutil
 from api_server import Server, running
 
 CLIENTS = (1, 10, 50)
@@ -128,6 +129,16 @@ def measure_all(server: Server, env_id: str, count: int) -> None:
     refused = measure(server.port, request("/inference", {**body, "model_name": "-"}), 1, count)
     print(f"POST /inference refused by validation: median {refused['median']:.2f}, p99 {refused['p99']:.2f}")
     message = request("/inference", body)
+    assert server.process is not None
+    process = psutil.Process(server.process.pid)
+    # The first prediction loads the model
+    measure(server.port, message, 1, 1)
+    for what, sent in (("GET /", request("/", None)), ("POST /inference", message)):
+        before = sum(process.cpu_times()[:2])
+        measure(server.port, sent, 1, count)
+        used = sum(process.cpu_times()[:2]) - before
+        # `measure` begins with 200 that do not count
+        print(f"processor time of the server per {what}: {used / (count + 200) * 1e3:.2f}")
     quiet = {clients: measure(server.port, message, clients, count) for clients in CLIENTS}
     training = server.train(env_name=env_id, total_timesteps=10_000_000)
     while server.call("GET", f"/training/{training}/status")[1]["current_timesteps"] < 5000:

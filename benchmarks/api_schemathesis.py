@@ -1,5 +1,5 @@
 """
-schemathesis over the OpenAPI document of a running server: no 5xx, no undocumented status.
+schemathesis (pip install schemathesis) over the OpenAPI document of a running server: no 5xx, no undocumented status.
 
     python benchmarks/api_schemathesis.py [--examples 300]
 """
@@ -23,7 +23,16 @@ FEW = 20
 def run(url: str, examples: int, *more: str) -> int:
     """One run of the command; its exit status."""
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json", "--checks", CHECKS]
-    command += ["--max-examples", str(examples), "--continue-on-failure", "--seed", "1", "--no-color"]
+    command += [
+        "--max-examples",
+        str(examples),
+        "--continue-on-failure",
+        "--seed",
+        "1",
+        "--request-timeout",
+        "60",
+        "--no-color",
+    ]
     command += ["--phases", "examples,coverage,fuzzing", "--generation-allow-x00", "true", "--exclude-path", STREAM, *more]
     return subprocess.run(command).returncode
 
