@@ -280,7 +280,7 @@ class StateGroups:
 
     def _novelty(self, phi: th.Tensor) -> th.Tensor:
         """
-        How little is known of each state, ``phi . (ridge + sum of phi phi^T over all visits so far)^-1 phi``, from 1 down to 0.
+        How little is known of a state, ``phi . (ridge + sum of phi phi^T over all visits so far)^-1 phi``, from 1 down to 0.
 
         The uncertainty of a linear estimate, as in LSVI-UCB (Jin et al. 2020, https://arxiv.org/abs/1907.05388) and, without
         the root as here, in E3B (Henaff et al. 2022, https://arxiv.org/abs/2210.05805).

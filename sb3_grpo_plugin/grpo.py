@@ -135,8 +135,8 @@ class GRPO(PPO):
         the paper). 0 keeps no reference
     :param supervision: Episode groups: ``"process"`` compares returns to go at the same step of an episode, ``"outcome"``
         the returns of whole episodes (DeepSeekMath, sections 4.1.3 and 4.1.2)
-    :param novelty_coef: State groups: weight of a bonus, at most 1 per step and fading with visits, for coming to states unlike
-        those visited so far. For rewards that chance does not find (MountainCar). 0: equal returns are no signal
+    :param novelty_coef: State groups: weight of a bonus, at most 1 per step and fading with visits, for coming to states
+        unlike those visited so far. For rewards that chance does not find (MountainCar). 0: equal returns are no signal
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: options that contradict each other, or from which no group can be formed
     """
