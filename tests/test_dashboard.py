@@ -552,7 +552,8 @@ def test_login_and_logout(locked: Server, visit: Callable[..., Visit]) -> None:
     field.fill(KEY)
     page.keyboard.press("Enter")
     page.get_by_role("heading", name="Jobs").wait_for()
-    assert page.get_by_text("No training yet.").is_visible() and page.get_by_text("No model yet.").is_visible()
+    page.get_by_text("No training yet.").wait_for()
+    page.get_by_text("No model yet.").wait_for()
 
     # What the browser keeps is out of a script's reach, and no address holds the key
     assert page.evaluate("document.cookie") == ""
