@@ -252,7 +252,7 @@ class StateGroups:
         :return: the rollout's lambda-returns and how they compare with those of their groups
         """
         self._whiten(visits.features)
-        phi, after = self._embed_steps(visits.features, visits.next_features)
+        phi, after = self._embed_steps(visits)
         rewards = visits.rewards
         if self.novelty_coef > 0:
             rewards = rewards + self.novelty_coef * self._novelty(after)
@@ -309,12 +309,11 @@ class StateGroups:
             self._frequencies = (normal / (chi2 * dim).sqrt()).to(features)
             self._offsets = (2 * math.pi * th.rand(N_FEATURES, generator=generator)).to(features)
 
-    def _embed_steps(self, features: th.Tensor, next_features: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """Both embedded. Nearly every state comes twice, as the next one of its predecessor: it is embedded once."""
-        phi = self._embed(th.cat((features, next_features[-1:])))
-        after = phi[1:].clone()
-        jumped = (next_features[:-1] != features[1:]).any(-1)
-        after[:-1][jumped] = self._embed(next_features[:-1][jumped])
+    def _embed_steps(self, visits: Visits) -> tuple[th.Tensor, th.Tensor]:
+        """Both embedded. Where no episode ended, the next state is that of the next step: it is embedded once."""
+        phi = self._embed(th.cat((visits.features, visits.next_features[-1:])))
+        after, ended = phi[1:].clone(), visits.dones[:-1].bool()
+        after[:-1][ended] = self._embed(visits.next_features[:-1][ended])
         return phi[:-1], after
 
     def _embed(self, features: th.Tensor) -> th.Tensor:
