@@ -286,13 +286,6 @@ class Guard:
             return False
         return True
 
-    def authenticated(self, scope: Scope) -> bool:
-        """
-        :param scope: of a request
-        :return: whether it may see data; does not count wrong keys
-        """
-        return not self.keys.required or self.sessions.valid(cookie(scope))
-
     def check_key(self, scope: Scope, address: str) -> None:
         """
         :param scope: of a request
