@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 from sb3_grpo_plugin import __version__
 from sb3_grpo_plugin.benchmark_matrix import RANDOM, RUNS, RunSpec, make_specs
+from sb3_grpo_plugin.files import write_whole
 
 # Raised whenever results are written in another way or mean something else
 FORMAT = 1
@@ -41,15 +42,7 @@ def write_json(path: Path, content: Any) -> None:
     :param path: the file
     :param content: without NaN or infinity
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
 class Executor(Protocol):

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sb3_grpo_plugin.files import write_whole
+
 if TYPE_CHECKING:
     # Nodes of a cluster need no web framework
     from sb3_grpo_plugin.api.settings import Settings
@@ -266,12 +268,7 @@ class RayWorker:
             raise ValueError(f"The worker's machine went away before its model was fetched: {error!r}") from error
         if hashlib.sha256(data).hexdigest() != sha256:
             raise ValueError(f"The worker's file {name} is not what the worker announced.")
-        part = target.with_suffix(".part")
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
+        write_whole(target, data)
         sync_folder(folder)
         self.actor.drop.remote(name)
 

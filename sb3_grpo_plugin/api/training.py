@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import io
 import math
-import os
 import pickle
 import sys
 import time
@@ -26,6 +25,7 @@ from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize, VecTra
 from sb3_grpo_plugin.api.environments import describe, join_registry
 from sb3_grpo_plugin.api.worker import Line, out_of_memory
 from sb3_grpo_plugin.benchmark_train import versions
+from sb3_grpo_plugin.files import write_whole
 
 CHECKPOINT = "checkpoint.zip"
 # Members of a model's file beside SB3's own, which ignores them
@@ -150,15 +150,7 @@ def write_model(model: BaseAlgorithm, path: Path) -> tuple[str, int]:
             archive.writestr(NORMALIZATION, pickle.dumps(normalize))
         archive.writestr(INPUT_SPACE, pickle.dumps(input_space(model)))
     data = content.getvalue()
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, data)
     return hashlib.sha256(data).hexdigest(), len(data)
 
 
