@@ -3,16 +3,33 @@ import shutil
 import site
 import subprocess
 import sys
+import time
 import venv
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+T = TypeVar("T")
 
 # Before torch is imported, here and in subprocesses: workers share the cores already
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def eventually(condition: Callable[[], T], seconds: float = 60) -> T:
+    """
+    :param condition: asked again and again
+    :param seconds: to wait at most
+    :return: its first true value
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds} seconds")
 
 
 class Environment:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import eventually
 
 pytest.importorskip("fastapi", reason="needs the extra [api]")
 pytest.importorskip("psycopg", reason="needs the extra [postgres]")
@@ -83,15 +84,6 @@ def postgres() -> Iterator[Postgres]:
     with contextlib.suppress(subprocess.CalledProcessError):
         server.stop()
     shutil.rmtree(folder)
-
-
-def eventually(condition: Any, seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"not within {seconds} seconds")
 
 
 def test_a_job_from_order_to_model_across_a_crash_of_the_database(postgres: Postgres) -> None:

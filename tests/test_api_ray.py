@@ -1,12 +1,11 @@
 """Jobs of the web API on a Ray cluster of this machine."""
 
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import eventually
 
 pytest.importorskip("fastapi", reason="needs the extra [api]")
 pytest.importorskip("ray", reason="needs the extra [ray]")
@@ -19,16 +18,9 @@ from api_server import Server  # noqa: E402
 pytestmark = pytest.mark.slow
 
 ENDLESS = {"env_name": "CartPole-v1", "total_timesteps": 10_000_000, "n_steps": 32}
+# Seconds: a cluster starts slowly
+PATIENCE = 120
 KEY = "a-key-that-is-long-enough"
-
-
-def eventually(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.2)
-    raise AssertionError(f"not within {seconds} seconds")
 
 
 def workers() -> list[Any]:
@@ -67,13 +59,13 @@ def test_a_node_and_the_server_are_lost_and_the_job_goes_on(tmp_path: Path, monk
     try:
         server.start()
         job_id = call("POST", "/train", {**ENDLESS, "model_name": "m"})["job_id"]
-        eventually(lambda: steps() > 500)
+        eventually(lambda: steps() > 500, PATIENCE)
         (worker,) = workers()
         assert "SB3_GRPO_API_KEY" not in worker.environ()
         # The worker
         worker.kill()
         before = steps()
-        eventually(lambda: steps() > before)
+        eventually(lambda: steps() > before, PATIENCE)
         # Its node
         (worker,) = workers()
         cluster.remove_node(node, allow_graceful=False)
@@ -81,16 +73,16 @@ def test_a_node_and_the_server_are_lost_and_the_job_goes_on(tmp_path: Path, monk
         assert not worker.is_running()
         before = steps()
         node = cluster.add_node(num_cpus=1)
-        eventually(lambda: steps() > before)
+        eventually(lambda: steps() > before, PATIENCE)
         # The server
         server.kill()
         server.start()
         before = steps()
         assert before > 0
-        eventually(lambda: steps() > before)
+        eventually(lambda: steps() > before, PATIENCE)
         assert len(workers()) == 1
         call("POST", f"/training/{job_id}/stop")
-        status = eventually(lambda: call("GET", f"/training/{job_id}/status") if not workers() else None)
+        status = eventually(lambda: call("GET", f"/training/{job_id}/status") if not workers() else None, PATIENCE)
         assert status["status"] == "stopped" and status["current_timesteps"] == steps()
         assert call("POST", "/inference", {"model_name": "m", "observation": [0, 0, 0, 0]})["action"] in (0, 1)
         assert "hyperparameters" in (server.folder / "jobs" / job_id / "log.txt").read_text()

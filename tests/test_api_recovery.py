@@ -8,11 +8,11 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import eventually
 
 pytest.importorskip("fastapi", reason="needs the extra [api]")
 psutil = pytest.importorskip("psutil", reason="needs psutil to find worker processes")
@@ -24,15 +24,6 @@ from api_server import Server, running  # noqa: E402
 pytestmark = pytest.mark.slow
 
 ENDLESS = {"env_name": "CartPole-v1", "total_timesteps": 10_000_000, "n_steps": 32}
-
-
-def eventually(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"not within {seconds} seconds")
 
 
 def workers(job_id: str) -> list[Any]:

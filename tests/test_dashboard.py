@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import pytest
+from conftest import eventually
 
 pytest.importorskip("fastapi", reason="needs the extra [api]")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -24,6 +25,8 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright
 ROOT = Path(__file__).resolve().parents[1]
 STATIC = ROOT / "sb3_grpo_plugin" / "api" / "static"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+# Seconds: the page waits for a training
+PATIENCE = 120
 KEY = "a-key-of-this-test-only"
 ACTIVE = ("queued", "running", "stopping")
 HOSTILE = '<img src=x onerror="window.pwned=1"><script>window.pwned=1</script>'
@@ -32,17 +35,6 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium, for example Debian's package chromium"),
     pytest.mark.slow,
 ]
-
-
-def eventually(condition: Callable[[], Any], seconds: float = 120.0, every: float = 0.1) -> Any:
-    """The first true value of the condition; the test fails when there is none in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        value = condition()
-        if value:
-            return value
-        time.sleep(every)
-    raise AssertionError(f"did not become true in {seconds} s")
 
 
 class Server:
@@ -265,14 +257,14 @@ def test_train_watch_stop_and_use(server: Server, visit: Callable[..., Visit]) -
 
     # The bar and the curve move, and neither was asked for by the page twice
     bar = job.get_by_role("progressbar")
-    eventually(lambda: path_of(job) and bar.evaluate("e => e.value") > 0)
+    eventually(lambda: path_of(job) and bar.evaluate("e => e.value") > 0, PATIENCE)
     bar_before, curve_before = bar.evaluate("e => e.value"), path_of(job)
-    eventually(lambda: bar.evaluate("e => e.value") > bar_before and path_of(job) != curve_before)
+    eventually(lambda: bar.evaluate("e => e.value") > bar_before and path_of(job) != curve_before, PATIENCE)
     assert job.locator(".badge").inner_text() == "running"
     assert float(job.locator(".numbers dd").first.inner_text()) > 0
 
     job.get_by_role("button", name="Stop watched").click()
-    eventually(lambda: job.locator(".badge").inner_text() == "stopped")
+    eventually(lambda: job.locator(".badge").inner_text() == "stopped", PATIENCE)
     assert job.get_by_role("button").count() == 0
     done = bar.evaluate("e => e.value")
     assert 0 < done < 1
@@ -310,8 +302,8 @@ def test_rollout_plays(server: Server, visit: Callable[..., Visit]) -> None:
     page.locator("#player").wait_for()
     picture = "document.querySelector('#frame').toDataURL()"
     before = page.evaluate(picture)
-    eventually(lambda: page.evaluate(picture) != before)
-    eventually(lambda: page.locator("#play").inner_text() == "Play")
+    eventually(lambda: page.evaluate(picture) != before, PATIENCE)
+    eventually(lambda: page.locator("#play").inner_text() == "Play", PATIENCE)
     steps, total = page.locator("#frame-text").inner_text().split(" / ")
     assert steps == total and int(total) > 5
     # The agent's pixels, not an empty canvas
@@ -331,7 +323,7 @@ def test_rollout_waits_where_motion_is_unwelcome(server: Server, visit: Callable
     time.sleep(0.5)
     assert page.locator("#frame-text").inner_text().startswith("1 /")
     page.get_by_role("button", name="Play").click()
-    eventually(lambda: not page.locator("#frame-text").inner_text().startswith("1 /"))
+    eventually(lambda: not page.locator("#frame-text").inner_text().startswith("1 /"), PATIENCE)
     assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
 
 
@@ -344,12 +336,12 @@ def test_polls_when_there_is_no_stream(server: Server, visit: Callable[..., Visi
         page = one.open()
         job = card(page, "polled")
         bar = job.get_by_role("progressbar")
-        eventually(lambda: path_of(job) and bar.evaluate("e => e.value") > 0)
+        eventually(lambda: path_of(job) and bar.evaluate("e => e.value") > 0, PATIENCE)
         bar_before, curve_before = bar.evaluate("e => e.value"), path_of(job)
-        eventually(lambda: bar.evaluate("e => e.value") > bar_before and path_of(job) != curve_before)
+        eventually(lambda: bar.evaluate("e => e.value") > bar_before and path_of(job) != curve_before, PATIENCE)
     finally:
         server.call("POST", f"/training/{job_id}/stop")
-    eventually(lambda: job.locator(".badge").inner_text() == "stopped")
+    eventually(lambda: job.locator(".badge").inner_text() == "stopped", PATIENCE)
 
 
 def test_says_when_the_server_is_away(server: Server, visit: Callable[..., Visit]) -> None:
@@ -515,7 +507,7 @@ def test_markup_is_text(locale: str, server: Server, visit: Callable[..., Visit]
     hostile_answers(one.page)
     page = one.open()
     for prefix in ("error", "env", "model", "reward", "metric"):
-        eventually(lambda prefix=prefix: f"{prefix} {HOSTILE}" in page.evaluate("document.body.textContent"))
+        eventually(lambda prefix=prefix: f"{prefix} {HOSTILE}" in page.evaluate("document.body.textContent"), PATIENCE)
     page.locator("#start-form [name=env_name]").fill("CartPole-v1")
     page.locator("#start-form [type=submit]").click()
     page.locator("#start-form .message.bad").wait_for()
@@ -610,7 +602,7 @@ def test_keyboard_alone(server: Server, visit: Callable[..., Visit]) -> None:
     card(page, "typed").wait_for()
     tab_to("e.getAttribute('aria-label') === 'Stop typed'")
     keys.press("Enter")
-    eventually(lambda: card(page, "typed").locator(".badge").inner_text() == "stopped")
+    eventually(lambda: card(page, "typed").locator(".badge").inner_text() == "stopped", PATIENCE)
     # The button that had the focus is gone; the focus is still in the job
     assert page.evaluate("document.activeElement.closest('.job') !== null")
 
@@ -701,7 +693,7 @@ def test_a_hidden_page_holds_no_connection(server: Server, visit: Callable[..., 
     time.sleep(6)
     assert len(one.requests) == before
     page.evaluate("window.away = false; document.dispatchEvent(new Event('visibilitychange'))")
-    eventually(lambda: len(one.requests) > before)
+    eventually(lambda: len(one.requests) > before, PATIENCE)
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc"])
