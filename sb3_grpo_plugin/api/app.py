@@ -21,7 +21,7 @@ from sb3_grpo_plugin import __version__
 from sb3_grpo_plugin.api import schemas
 from sb3_grpo_plugin.api.environments import Catalogue, check_environment, join_registry, settings_of
 from sb3_grpo_plugin.api.executors import Executor
-from sb3_grpo_plugin.api.inference import Busy, Inference, UnknownModel, UnusableModel
+from sb3_grpo_plugin.api.inference import Busy, Inference, UnusableModel
 from sb3_grpo_plugin.api.jobs import Supervisor
 from sb3_grpo_plugin.api.observations import ObservationError
 from sb3_grpo_plugin.api.schemas import ENDED, JOB_ID, MODEL_NAME
@@ -37,7 +37,7 @@ from sb3_grpo_plugin.api.security import (
     header,
 )
 from sb3_grpo_plugin.api.settings import Settings
-from sb3_grpo_plugin.api.store import CURVES, Conflict, DatabaseDown, Job, Model, QueueFull, Store, new_job
+from sb3_grpo_plugin.api.store import CURVES, Conflict, DatabaseDown, Job, Model, QueueFull, Store, UnknownModel, new_job
 from sb3_grpo_plugin.rewards import registries
 
 logger = logging.getLogger("sb3_grpo_plugin.api")
@@ -139,22 +139,7 @@ def model_info(model: Model) -> schemas.ModelInfo:
     :param model: its record
     :return: what the API says of it
     """
-    created = moment(model.created)
-    assert created is not None
-    return schemas.ModelInfo(
-        name=model.name,
-        env_name=model.env_name,
-        total_timesteps=model.total_timesteps,
-        created=created,
-        size=model.size,
-        sha256=model.sha256,
-        mean_reward=model.mean_reward,
-        reward=model.reward,
-        observation_space=model.observation_space,
-        action_space=model.action_space,
-        versions=model.versions,
-        job_id=model.job_id,
-    )
+    return schemas.ModelInfo.model_validate(model, from_attributes=True)
 
 
 def find_job(server: State, job_id: str) -> Job:
@@ -167,7 +152,7 @@ def find_job(server: State, job_id: str) -> Job:
 def find_model(server: State, name: str) -> Model:
     model = server.store.model(name)
     if model is None:
-        raise HTTPException(404, f"There is no model {name!r}.")
+        raise UnknownModel(name)
     return model
 
 
@@ -385,10 +370,7 @@ def download(name: Name, server: Server) -> Response:
 
 @router.delete("/models/{name}", responses={**COMMON, **BODY, **MISSING, **CONFLICT, **DATABASE})
 def delete_model(name: Name, server: Server) -> schemas.Deleted:
-    try:
-        sha256 = server.store.delete_model(name)
-    except KeyError as error:
-        raise HTTPException(404, f"There is no model {name!r}.") from error
+    sha256 = server.store.delete_model(name)
     server.inference.forget(name)
     if sha256 is not None:
         (server.settings.data_dir / "models" / f"{sha256}.zip").unlink(missing_ok=True)

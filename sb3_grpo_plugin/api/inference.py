@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from sb3_grpo_plugin.api.environments import RENDERABLE, group_of, join_registry
 from sb3_grpo_plugin.api.observations import stack
-from sb3_grpo_plugin.api.store import Model, Store
+from sb3_grpo_plugin.api.store import Model, Store, UnknownModel
 
 logger = logging.getLogger("sb3_grpo_plugin.api")
 
@@ -26,10 +26,6 @@ QUICK_PARAMETERS = 200_000
 ROLLOUTS_WAITING = 4
 JPEG_QUALITY = 80
 T = TypeVar("T")
-
-
-class UnknownModel(KeyError):
-    """There is no model of that name."""
 
 
 class UnusableModel(Exception):

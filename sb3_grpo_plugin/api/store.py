@@ -61,6 +61,10 @@ class Conflict(Exception):
     """A name is taken, or a record is not in the state that was asked for; the text says which."""
 
 
+class UnknownModel(KeyError):
+    """There is no model of that name."""
+
+
 class QueueFull(Exception):
     """No further job may wait."""
 
@@ -347,13 +351,13 @@ class Store:
         """
         :param name: of the model
         :return: SHA-256 of its file when nothing else refers to that
-        :raises KeyError: there is none
+        :raises UnknownModel: there is none
         :raises Conflict: its job has not ended
         """
         with self.writing() as session:
             model = session.get(Model, name)
             if model is None:
-                raise KeyError(name)
+                raise UnknownModel(name)
             job = session.scalar(select(Job).where(Job.model_name == name, Job.status.not_in(ENDED)).limit(1))
             if job is not None:
                 raise Conflict(f"The job {job.job_id} is still training the model {name!r}; stop it first.")
