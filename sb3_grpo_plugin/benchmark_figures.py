@@ -17,11 +17,13 @@ from sb3_grpo_plugin.benchmark_matrix import RANDOM
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
-from rliable import library, metrics, plot_utils
+from rliable import library, plot_utils
 
 Run = dict[str, Any]
 # Resamples of each bootstrap interval (95 %, percentile)
 REPEATS = 2000
+# Over environments
+STATISTICS = ("iqm", "median", "mean")
 
 
 def finished_runs(runs: Sequence[Run]) -> dict[tuple[str, str], dict[int, Run]]:
@@ -44,49 +46,76 @@ def trained_algorithms(runs: Sequence[Run]) -> list[str]:
     return sorted({run["algo"] for run in runs if run["algo"] != RANDOM and run["status"] == "finished"})
 
 
-def normalized_scores(runs: Sequence[Run]) -> tuple[str, list[str], dict[str, np.ndarray]]:
+def normalized_scores(runs: Sequence[Run]) -> tuple[str, list[str], dict[str, list[np.ndarray]]]:
     """
     (score - random) / (mean score of the reference - random): 0 is acting at random, 1 the reference.
 
     :param runs: finished and failed ones
     :return: the reference (PPO where it took part, else the first algorithm), the environments that all algorithms have
-        finished runs in and the reference learned something in, and algorithm -> ``[seeds, environments]``
+        finished runs in and the reference learned something in, and algorithm -> ``[seeds]`` of each of them
     """
     found = finished_runs(runs)
     algos = trained_algorithms(runs)
     reference = "ppo" if "ppo" in algos else algos[0]
-    bounds = {}
+    envs: list[str] = []
+    scores: dict[str, list[np.ndarray]] = {algo: [] for algo in algos}
     for env in dict.fromkeys(run["env"] for run in runs):
-        if all((algo, env) in found for algo in [*algos, RANDOM]):
-            low = found[RANDOM, env][0]["score"]
-            high = statistics.mean(run["score"] for run in found[reference, env].values())
-            if high > low:
-                bounds[env] = (low, high)
-    scores = {}
-    for algo in algos:
-        # A matrix has no gaps: only seeds that finished everywhere
-        seeds = sorted(set.intersection(*(set(found[algo, env]) for env in bounds))) if bounds else []
-        if seeds:
-            columns = [
-                [(found[algo, env][seed]["score"] - low) / (high - low) for seed in seeds]
-                for env, (low, high) in bounds.items()
-            ]
-            scores[algo] = np.array(columns).T
-    return reference, list(bounds), scores
+        if not all((algo, env) in found for algo in [*algos, RANDOM]):
+            continue
+        low = found[RANDOM, env][0]["score"]
+        high = statistics.mean(run["score"] for run in found[reference, env].values())
+        if high > low:
+            envs.append(env)
+            for algo in algos:
+                seeds = sorted(found[algo, env].items())
+                scores[algo].append(np.array([(run["score"] - low) / (high - low) for _, run in seeds]))
+    return reference, envs, scores if envs else {}
 
 
-def aggregates(scores: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def interquartile_mean(columns: Sequence[np.ndarray]) -> np.ndarray:
     """
-    :param scores: algorithm -> ``[seeds, environments]``
-    :return: algorithm -> interquartile mean, median and mean, and their intervals ``[2, 3]``
+    The mean of the middle half of all runs (Agarwal et al.), where each environment counts alike however many seeds it has.
+
+    :param columns: of each environment, ``[..., seeds]``
+    :return: ``[...]``
+    """
+    values = np.concatenate(columns, axis=-1)
+    weights = np.concatenate([np.full(column.shape[-1], 1.0 / column.shape[-1]) for column in columns]) / len(columns)
+    order = values.argsort(axis=-1)
+    weights = weights[order]
+    ends = weights.cumsum(axis=-1)
+    inside = (np.minimum(ends, 0.75) - np.maximum(ends - weights, 0.25)).clip(min=0.0)
+    return (np.take_along_axis(values, order, axis=-1) * inside).sum(axis=-1) / inside.sum(axis=-1)
+
+
+def aggregates(scores: dict[str, list[np.ndarray]], reference: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """
+    Statistics over environments, and how far they would move with other seeds: those of the algorithm are drawn anew, and so
+    are those of the reference that it is measured by. The reference's own row is thus itself against itself with other seeds.
+
+    :param scores: of ``normalized_scores``
+    :param reference: whose mean is 1
+    :return: algorithm -> interquartile mean, median, mean, and the mean in each environment: ``[3 + environments]``; and
+        their 95 % intervals ``[2, 3 + environments]``
     """
 
-    def aggregate(values: np.ndarray) -> np.ndarray:
-        return np.array([function(values) for function in (metrics.aggregate_iqm, metrics.aggregate_median, np.mean)])
+    def statistics_of(columns: Sequence[np.ndarray]) -> np.ndarray:
+        means = np.stack([column.mean(axis=-1) for column in columns], axis=-1)
+        over_all = (interquartile_mean(columns), np.median(means, axis=-1), means.mean(axis=-1))
+        return np.concatenate((np.stack(over_all, axis=-1), means), axis=-1)
 
-    # rliable draws from the global generator
-    np.random.seed(0)
-    return library.get_interval_estimates(scores, aggregate, reps=REPEATS)
+    rng = np.random.default_rng(0)
+
+    def drawn(column: np.ndarray) -> np.ndarray:
+        return rng.choice(column, (REPEATS, len(column)))
+
+    units = [drawn(column).mean(axis=1, keepdims=True) for column in scores[reference]]
+    points = {algo: statistics_of(columns) for algo, columns in scores.items()}
+    intervals = {}
+    for algo, columns in scores.items():
+        samples = statistics_of([drawn(column) / unit for column, unit in zip(columns, units, strict=True)])
+        intervals[algo] = np.percentile(samples, (2.5, 97.5), axis=0)
+    return points, intervals
 
 
 def learning_curve(run: Run) -> tuple[list[float], list[float], list[float]]:
@@ -158,8 +187,8 @@ def plot_aggregates(points: dict[str, np.ndarray], intervals: dict[str, np.ndarr
     :param path: of the picture
     """
     figure, axes = plot_utils.plot_interval_estimates(
-        points,
-        intervals,
+        {algo: values[: len(STATISTICS)] for algo, values in points.items()},
+        {algo: values[:, : len(STATISTICS)] for algo, values in intervals.items()},
         metric_names=["IQM", "Median", "Mean"],
         algorithms=list(points),
         colors={algo: f"C{color}" for color, algo in enumerate(points)},
@@ -172,17 +201,20 @@ def plot_aggregates(points: dict[str, np.ndarray], intervals: dict[str, np.ndarr
     _save(figure, path)
 
 
-def plot_profiles(scores: dict[str, np.ndarray], reference: str, path: Path) -> None:
+def plot_profiles(scores: dict[str, list[np.ndarray]], reference: str, path: Path) -> None:
     """
-    :param scores: algorithm -> ``[seeds, environments]``
+    :param scores: of ``normalized_scores``; as many seeds are drawn as there are in every environment
     :param reference: whose score is 1
     :param path: of the picture
     """
-    values = np.concatenate([matrix.ravel() for matrix in scores.values()])
+    matrices = {
+        algo: np.stack([column[: min(map(len, columns))] for column in columns], axis=1) for algo, columns in scores.items()
+    }
+    values = np.concatenate([matrix.ravel() for matrix in matrices.values()])
     span = max(float(np.ptp(values)), 0.1)
     thresholds = np.linspace(values.min() - 0.05 * span, values.max() + 0.05 * span, 101)
     np.random.seed(0)
-    profiles, intervals = library.create_performance_profile(scores, thresholds, reps=REPEATS)
+    profiles, intervals = library.create_performance_profile(matrices, thresholds, reps=REPEATS)
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     plot_utils.plot_performance_profiles(
         profiles,
@@ -225,16 +257,18 @@ def draw(out: Path, runs: Sequence[Run]) -> tuple[list[str], dict[str, Any]]:
         plot_learning_curves(runs, picture("learning_curves_model_steps.png"), model_steps=True)
     reference, envs, scores = normalized_scores(runs)
     if scores:
-        points, intervals = aggregates(scores)
+        points, intervals = aggregates(scores, reference)
         plot_aggregates(points, intervals, reference, picture("aggregates.png"))
         plot_profiles(scores, reference, picture("performance_profiles.png"))
-        names = ("iqm", "median", "mean")
         values = {
-            algo: {
-                name: [round(float(x), 4) for x in (points[algo][i], *intervals[algo][:, i])] for i, name in enumerate(names)
-            }
+            algo: [[round(float(x), 4) for x in column] for column in np.vstack((points[algo], intervals[algo])).T]
             for algo in scores
         }
-        shapes = {algo: matrix.shape[0] for algo, matrix in scores.items()}
-        summary = {"reference": reference, "environments": envs, "seeds": shapes, "normalized": values}
+        summary = {
+            "reference": reference,
+            "environments": envs,
+            "seeds": {algo: [len(column) for column in columns] for algo, columns in scores.items()},
+            "normalized": {algo: dict(zip(STATISTICS, rows, strict=False)) for algo, rows in values.items()},
+            "by_environment": {algo: dict(zip(envs, rows[len(STATISTICS) :], strict=True)) for algo, rows in values.items()},
+        }
     return pictures, summary

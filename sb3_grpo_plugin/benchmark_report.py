@@ -83,6 +83,15 @@ def run_table(runs: Sequence[Run]) -> str:
     return markdown_table(header, rows)
 
 
+def interval(values: Sequence[float]) -> str:
+    """
+    :param values: a point and its interval
+    :return: for a table
+    """
+    point, low, high = values
+    return f"{point:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def summary_table(summary: dict[str, Any]) -> str:
     """
     :param summary: of ``benchmark_figures.draw``
@@ -90,9 +99,20 @@ def summary_table(summary: dict[str, Any]) -> str:
     """
     rows = []
     for algo, values in summary["normalized"].items():
-        cells = [f"{point:.2f} [{low:.2f}, {high:.2f}]" for point, low, high in values.values()]
-        rows.append([algo, summary["seeds"][algo], *cells])
+        least, most = min(summary["seeds"][algo]), max(summary["seeds"][algo])
+        seeds = least if least == most else f"{least} to {most}"
+        rows.append([algo, seeds, *map(interval, values.values())])
     return markdown_table(["algorithm", "seeds", "interquartile mean", "median", "mean"], rows)
+
+
+def environment_table(summary: dict[str, Any]) -> str:
+    """
+    :param summary: of ``benchmark_figures.draw``
+    :return: environments x algorithms, means over seeds
+    """
+    found = summary["by_environment"]
+    rows = [[env, *(interval(found[algo][env]) for algo in found)] for env in summary["environments"]]
+    return markdown_table(["environment", *found], rows)
 
 
 def text_report(runs: Sequence[Run], command: str, pictures: Sequence[str] = (), summary: dict[str, Any] | None = None) -> str:
@@ -134,10 +154,14 @@ def text_report(runs: Sequence[Run], command: str, pictures: Sequence[str] = (),
 def _statistics(summary: dict[str, Any] | None) -> list[str]:
     if not summary:
         return []
+    reference = summary["reference"]
     return [
-        f"Over {', '.join(summary['environments'])}, where 0 is acting at random and 1 the mean of {summary['reference']}, "
-        "with 95 % bootstrap intervals over seeds:",
+        f"Over {', '.join(summary['environments'])}, where 0 is acting at random and 1 the mean of {reference}, with 95 % "
+        f"bootstrap intervals over the seeds of the algorithm and of {reference}. The row of {reference} is itself against "
+        "itself with other seeds:",
         summary_table(summary),
+        "The same in each environment, means:",
+        environment_table(summary),
     ]
 
 

@@ -344,19 +344,49 @@ def many_results() -> list[dict]:
 
 
 def test_scores_are_normalized_by_random_and_ppo() -> None:
-    from sb3_grpo_plugin.benchmark_figures import aggregates, normalized_scores
+    from sb3_grpo_plugin.benchmark_figures import normalized_scores
 
     runs = many_results()
     reference, envs, scores = normalized_scores(runs)
     assert (reference, envs) == ("ppo", ["A-v1", "B-v1"])
-    assert scores["grpo"] == pytest.approx(np.full((3, 2), 180 / 100))
-    assert scores["ppo"][:, 0] == pytest.approx([0.9, 1.0, 1.1])
-    points, intervals = aggregates(scores)
-    assert points["ppo"] == pytest.approx([1, 1, 1]) and (intervals["ppo"][0] < 1).all() and (intervals["ppo"][1] > 1).all()
-    # A seed that failed somewhere is left out; an environment where the reference learned nothing too
-    assert normalized_scores(runs[:-1])[2]["grpo"].shape == (2, 2)
+    assert scores["grpo"] == [pytest.approx(np.full(3, 180 / 100))] * 2
+    assert scores["ppo"][0] == pytest.approx([0.9, 1.0, 1.1])
+    # All seeds count that finished; an environment where the reference learned nothing does not
+    assert [len(column) for column in normalized_scores(runs[:-1])[2]["grpo"]] == [3, 2]
     runs[0]["score"] = 1000.0
     assert normalized_scores(runs)[1] == ["B-v1"]
+
+
+def test_the_interquartile_mean_is_rliables_and_weighs_environments_alike() -> None:
+    from rliable import metrics
+
+    from sb3_grpo_plugin.benchmark_figures import interquartile_mean
+
+    matrix = np.random.default_rng(0).normal(size=(4, 5))
+    assert interquartile_mean(list(matrix.T)) == pytest.approx(metrics.aggregate_iqm(matrix))
+    # The same seeds twice are no more of an environment
+    assert interquartile_mean([matrix[:, 0].repeat(2), *matrix.T[1:]]) == pytest.approx(metrics.aggregate_iqm(matrix))
+    stacked = interquartile_mean([np.stack((column, 2 * column)) for column in matrix.T])
+    assert stacked == pytest.approx([metrics.aggregate_iqm(matrix), 2 * metrics.aggregate_iqm(matrix)])
+
+
+def test_intervals_hold_the_noise_of_both_sides() -> None:
+    from sb3_grpo_plugin.benchmark_figures import aggregates
+
+    rng = np.random.default_rng(0)
+    sure, unsure = [np.ones(10), np.ones(5)], [1 + 0.2 * rng.normal(size=n) for n in (10, 5)]
+    unsure = [column / column.mean() for column in unsure]
+
+    def width(algo: list[np.ndarray], reference: list[np.ndarray]) -> np.ndarray:
+        points, intervals = aggregates({"grpo": algo, "ppo": reference}, "ppo")
+        assert points["grpo"] == pytest.approx([points["grpo"][0], 1, 1, 1, 1])
+        return intervals["grpo"][1] - intervals["grpo"][0]
+
+    assert (width(sure, sure) == 0).all()
+    one_side = width(unsure, sure)
+    assert (width(sure, unsure) > 0).all() and (width(unsure, unsure) > 1.2 * one_side).all()
+    # Ten seeds: the interval of a mean, 2 * 1.96 standard errors
+    assert one_side[3] == pytest.approx(2 * 1.96 * unsure[0].std() / 10**0.5, rel=0.1)
 
 
 def test_learning_curves_end_with_the_score() -> None:
@@ -376,9 +406,11 @@ def test_report_of_several_environments(tmp_path: Path) -> None:
     failed = {**{key: fake_result(spec_of("grpo", "C-v1"))[key] for key in ("algo", "env", "seed", "budget", "command")}}
     runs = [*many_results(), {**failed, "status": "failed", "error": "boom | boom"}]
     summary = write_report(tmp_path, runs, "sb3-grpo benchmark")
-    assert summary["normalized"]["grpo"]["iqm"] == pytest.approx([1.8] * 3)
+    point, low, high = summary["normalized"]["grpo"]["iqm"]
+    assert point == pytest.approx(1.8) and low < 1.8 < high
     text = (tmp_path / "benchmark.md").read_text()
-    for part in ("| A-v1 | 1000 | 3 | 190.0 +/- 0.0 | 110.0 +/- 10.0 | 10.0 |", "boom \\| boom", "1.80 [1.80, 1.80]"):
+    assert summary["by_environment"]["ppo"]["B-v1"][0] == 1
+    for part in ("| A-v1 | 1000 | 3 | 190.0 +/- 0.0 | 110.0 +/- 10.0 | 10.0 |", "boom \\| boom", "| A-v1 | 1.80 [1."):
         assert part in text
     names = {"learning_curves", "learning_curves_model_steps", "aggregates", "performance_profiles"}
     assert {path.stem for path in tmp_path.glob("*.png")} == names and all(f"({name}.png)" in text for name in names)
