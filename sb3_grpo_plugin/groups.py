@@ -19,6 +19,7 @@ ALIKE_TOLERANCE = 1e-5
 N_FEATURES = 256
 MATERN_DF = 3
 RIDGE = 1.0
+RIDGE_RANGE = (0.01, 10.0)
 MEMORY = 4096
 CLIP = 5.0
 MAX_OPEN_GROUPS = 64
@@ -132,14 +133,26 @@ def compare_candidates(scores: th.Tensor) -> Comparison:
     return Comparison(th.where(alike, 0.0, centred), scores, group_std, th.ones_like(alike), alike)
 
 
+def without_mean(centred: th.Tensor) -> th.Tensor:
+    """
+    What a rollout's centred scores have in common says nothing of one action against another, but it would make all that was
+    done more likely, or less. Groups that overlap leave it, others have none.
+
+    :param centred: scores minus the mean of their group, any shape
+    :return: the same minus their mean; 0 where there is no signal stays exactly 0
+    """
+    signal = centred != 0.0
+    return th.where(signal, centred - centred.sum() / signal.sum().clamp(min=1), 0.0)
+
+
 @dataclass
 class ScoreScale:
     """
     What centred scores are divided by, once per rollout.
 
-    A rollout whose scores hardly differ carries hardly a signal; dividing by its own tiny spread would turn rounding into
-    advantages of full size. The divisor is therefore at least ``SCALE_FLOOR`` times the largest standard deviation of the
-    (uncentred) scores so far, which is forgotten by 1 % per rollout. A constant added to all scores changes nothing.
+    A rollout whose scores hardly differ within their groups carries hardly a signal; dividing by its own tiny spread would
+    turn rounding into advantages of full size. The divisor is therefore at least ``SCALE_FLOOR`` times the largest standard
+    deviation of centred scores so far, which is forgotten by 1 % per rollout. A constant added to all scores changes nothing.
 
     :param scale_rewards: ``"batch"``, ``"group"`` or ``"none"``
     """
@@ -147,18 +160,20 @@ class ScoreScale:
     scale_rewards: str
     largest: float = 0.0
 
-    def __call__(self, centred: th.Tensor, scores: th.Tensor, group_std: th.Tensor | None) -> th.Tensor:
+    def __call__(self, centred: th.Tensor, group_std: th.Tensor | None) -> th.Tensor:
         """
         :param centred: scores minus the mean of their group, any shape
-        :param scores: the same scores as they were
         :param group_std: standard deviation within the group, broadcastable to ``centred``; ``None``: use the batch's
         :return: advantages, the shape of ``centred``
         """
+        if group_std is None:
+            centred = without_mean(centred)
         if self.scale_rewards == "none" or centred.numel() < 2:
             return centred
-        self.largest = max(SCALE_DECAY * self.largest, float(scores.std()))
+        batch_std = centred.std()
+        self.largest = max(SCALE_DECAY * self.largest, float(batch_std))
         floor = max(SCALE_FLOOR * self.largest, 1e-8)
-        spread = group_std if self.scale_rewards == "group" and group_std is not None else centred.std()
+        spread = group_std if self.scale_rewards == "group" and group_std is not None else batch_std
         return centred / spread.clamp(min=floor)
 
 
@@ -245,6 +260,7 @@ class StateGroups:
     _remembered: th.Tensor | None = field(default=None, repr=False)
     _bordering: th.Tensor | None = field(default=None, repr=False)
     _visited: th.Tensor | None = field(default=None, repr=False)
+    _ridge: float = field(default=RIDGE, repr=False)
 
     def compare(self, visits: Visits) -> Comparison:
         """
@@ -270,13 +286,21 @@ class StateGroups:
         # What a step's features are worth beyond what comes after it; large, so it takes the place of `after`
         differences = after.neg_().add_(phi)
         weights = self._solve(phi, differences, rewards, decay, borders, folds, excludes, offset)
-        values = phi @ weights.T
-        residuals = rewards[..., None] - differences @ weights.T
         own = folds[..., None]
+        baseline = (phi @ weights.T).gather(-1, own).squeeze(-1)
+        residuals = rewards[..., None] - differences @ weights.T
         centred = reverse_scan(residuals, decay).gather(-1, own).squeeze(-1)
-        scores = centred + values.gather(-1, own).squeeze(-1) + offset
+        scores = centred + baseline + offset
         alike = centred.abs() <= ALIKE_TOLERANCE * scores.abs().max()
+        if not alike.all():
+            self._choose_ridge(centred, baseline)
         return Comparison(th.where(alike, 0.0, centred), scores, None, th.ones_like(alike), alike)
+
+    def _choose_ridge(self, centred: th.Tensor, baseline: th.Tensor) -> None:
+        """The more of the scores a baseline explains, the less the next one is held back: noise over signal."""
+        signal = float(baseline.std())
+        if signal > 0.0:
+            self._ridge = min(max(float(centred.std()) / signal, RIDGE_RANGE[0]), RIDGE_RANGE[1])
 
     def _novelty(self, phi: th.Tensor) -> th.Tensor:
         """
@@ -363,7 +387,7 @@ class StateGroups:
                 closed += self._bordering
             self._remembered, self._bordering = fade * closed, fade * bordering
         matrices = system[..., :-1]
-        matrices.diagonal(dim1=-2, dim2=-1)[:, 1:] += RIDGE
+        matrices.diagonal(dim1=-2, dim2=-1)[:, 1:] += self._ridge
         # The constant is free; this only keeps the system solvable
         matrices[:, 0, 0] += 1e-6 * len(phi)
         return th.linalg.solve(matrices, system[..., -1]).to(phi.dtype)

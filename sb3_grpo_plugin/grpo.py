@@ -481,7 +481,7 @@ class GRPO(PPO):
                 comparison = self._episode_groups.compare(rewards.cpu(), starts.cpu(), ended.cpu())
             else:
                 comparison = self._state_groups.compare(self._visits(rewards, starts, ended))
-        advantages = self._scale(comparison.centred, comparison.scores, comparison.group_std)
+        advantages = self._scale(comparison.centred, comparison.group_std)
         if self._candidates is not None:
             self._candidates = self._candidates._replace(advantages=advantages)
             # The buffer keeps the candidate that was executed, for callbacks and the explained variance

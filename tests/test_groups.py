@@ -10,6 +10,7 @@ import torch as th
 
 from sb3_grpo_plugin.groups import (
     RIDGE,
+    RIDGE_RANGE,
     SCALE_FLOOR,
     SCALES,
     SUPERVISIONS,
@@ -23,6 +24,7 @@ from sb3_grpo_plugin.groups import (
     compare_candidates,
     fragment_ids,
     reverse_scan,
+    without_mean,
 )
 
 GAMMA, GAE_LAMBDA = 0.9, 0.8
@@ -202,8 +204,11 @@ def test_what_borders_on_a_rollout_is_remembered_from_the_one_after_it_on() -> N
     bordering = th.isin(fragments, fragments[-1][first.dones[-1] == 0])
 
     def memory_of(rewards: th.Tensor) -> list[th.Tensor]:
-        groups = state_groups()
-        return [baselines(groups, visits) for visits in (replace(first, rewards=rewards), second, third)][1:]
+        groups, found = state_groups(), []
+        for visits in (replace(first, rewards=rewards), second, third):
+            found.append(baselines(groups, visits))
+            groups._ridge = RIDGE  # one number of all rewards, no memory of visits
+        return found[1:]
 
     plain = memory_of(first.rewards)
     in_second, in_third = (
@@ -214,9 +219,28 @@ def test_what_borders_on_a_rollout_is_remembered_from_the_one_after_it_on() -> N
     assert in_third[0] < 0.01 < 1.0 < in_third[1]
 
 
+def test_the_next_ridge_is_noise_over_signal() -> None:
+    groups, visits = state_groups(), rollout()
+    comparison = groups.compare(visits)
+    noise, signal = comparison.centred.std(), (comparison.scores - comparison.centred).std()
+    assert groups._ridge == pytest.approx(float(noise / signal), rel=1e-3)
+    # It holds the next baseline back, and has no unit
+    held = groups.compare(visits).scores
+    groups._ridge = RIDGE_RANGE[1]
+    assert not th.allclose(groups.compare(visits).scores, held, atol=1e-3)
+    thousandfold = state_groups()
+    thousandfold.compare(replace(visits, rewards=1000.0 * visits.rewards))
+    assert thousandfold._ridge == pytest.approx(float(noise / signal), rel=1e-3)
+    # Returns that are alike say nothing about it
+    unmoved = state_groups()
+    unmoved.compare(replace(visits, rewards=shifted(th.zeros_like(visits.rewards), visits.terminated, 1.0)))
+    assert unmoved._ridge == RIDGE
+
+
 def test_features_that_move_are_not_remembered() -> None:
     forgetful = state_groups(remember=False)
     forgetful.compare(rollout(seed=1))
+    forgetful._ridge = RIDGE
     assert th.equal(forgetful.compare(rollout()).centred, state_groups().compare(rollout()).centred)
     remembering = state_groups()
     remembering.compare(rollout(seed=1))
@@ -232,14 +256,14 @@ def test_equal_returns_give_exactly_zero(make: Callable[[], Visits], constant: f
             replace(visits, rewards=shifted(th.zeros_like(visits.rewards), visits.terminated, constant))
         )
         assert (comparison.centred == 0.0).all() and comparison.alike.all() and comparison.compared.all()
-        assert (ScoreScale("batch")(comparison.centred, comparison.scores, None) == 0.0).all()
+        assert (ScoreScale("batch")(comparison.centred, None) == 0.0).all()
 
 
 def advantages_of_rollouts(scale_rewards: str, change: Callable[[Visits], Visits]) -> list[th.Tensor]:
     groups, scale, advantages = state_groups(), ScoreScale(scale_rewards), []
     for seed in range(3):
         comparison = groups.compare(change(rollout(seed=seed)))
-        advantages.append(scale(comparison.centred, comparison.scores, comparison.group_std))
+        advantages.append(scale(comparison.centred, comparison.group_std))
     return advantages
 
 
@@ -304,7 +328,7 @@ def test_candidates_ignore_a_constant_and_a_factor(scale_rewards: str) -> None:
 
     def advantages(scores: th.Tensor) -> th.Tensor:
         comparison = compare_candidates(scores)
-        return ScoreScale(scale_rewards)(comparison.centred, comparison.scores, comparison.group_std)
+        return ScoreScale(scale_rewards)(comparison.centred, comparison.group_std)
 
     plain = advantages(scores)
     th.testing.assert_close(advantages(scores + 10.0), plain, rtol=1e-4, atol=1e-5)
@@ -318,23 +342,32 @@ def test_candidates_ignore_a_constant_and_a_factor(scale_rewards: str) -> None:
 def test_scales_by_hand() -> None:
     scores = th.tensor([[0.0, 2.0], [0.0, 6.0]])
     comparison = compare_candidates(scores)
-    apply = {name: ScoreScale(name)(comparison.centred, scores, comparison.group_std) for name in SCALES}
+    apply = {name: ScoreScale(name)(comparison.centred, comparison.group_std) for name in SCALES}
     assert apply["none"].tolist() == [[-1.0, 1.0], [-3.0, 3.0]]
     assert apply["group"].tolist() == [[-1.0, 1.0], [-1.0, 1.0]]
     th.testing.assert_close(apply["batch"], comparison.centred / math.sqrt(20 / 3))
+
+
+def test_what_all_steps_have_in_common_is_no_advantage() -> None:
+    centred = th.tensor([[1.0, 3.0], [0.0, 5.0]])
+    assert without_mean(centred).tolist() == [[-2.0, 0.0], [0.0, 2.0]]
+    assert (without_mean(th.zeros(3, 2)) == 0.0).all()
+    assert ScoreScale("none")(centred, None).tolist() == [[-2.0, 0.0], [0.0, 2.0]]
+    # Groups that are complete have no mean of their own
+    assert th.equal(ScoreScale("none")(centred, th.ones(2, 1)), centred)
 
 
 @pytest.mark.parametrize("scale_rewards", ["batch", "group"])
 def test_tiny_differences_do_not_become_full_advantages(scale_rewards: str) -> None:
     scale = ScoreScale(scale_rewards)
     scores = 100.0 * th.randn(100, 2, generator=th.Generator().manual_seed(0))
-    largest = float(scores.std())
+    largest = float(compare_candidates(scores).centred.std())
     for factor in (1.0, 1e-3):
         comparison = compare_candidates(factor * scores)
-        advantages = scale(comparison.centred, comparison.scores, comparison.group_std)
+        advantages = scale(comparison.centred, comparison.group_std)
     th.testing.assert_close(advantages, comparison.centred / (SCALE_FLOOR * 0.99 * largest), rtol=1e-4, atol=0.0)
     for _ in range(2000):  # and the floor is forgotten
-        advantages = scale(comparison.centred, comparison.scores, comparison.group_std)
+        advantages = scale(comparison.centred, comparison.group_std)
     assert advantages.std() == pytest.approx(1.0, abs=0.1)
 
 
@@ -422,6 +455,6 @@ def test_episode_groups_ignore_a_factor(supervision: str, scale_rewards: str) ->
     def advantages(rewards: th.Tensor) -> th.Tensor:
         comparison = EpisodeGroups(4, 2, GAMMA, supervision).compare(rewards, visits.episode_starts, visits.dones)
         assert comparison.compared.any()
-        return ScoreScale(scale_rewards)(comparison.centred, comparison.scores, comparison.group_std)
+        return ScoreScale(scale_rewards)(comparison.centred, comparison.group_std)
 
     th.testing.assert_close(advantages(50.0 * visits.rewards), advantages(visits.rewards), rtol=1e-4, atol=1e-5)

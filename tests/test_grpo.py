@@ -250,7 +250,7 @@ def test_advantages_of_state_groups_at_the_end_of_a_rollout(length: int) -> None
 
     def look(model: GRPO, visits: Visits) -> None:
         comparison = groups.compare(visits)
-        buffer, expected = model.rollout_buffer, scale(comparison.centred, comparison.scores, None)
+        buffer, expected = model.rollout_buffer, scale(comparison.centred, None)
         np.testing.assert_allclose(buffer.advantages, expected, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(buffer.returns, comparison.scores, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(buffer.values, comparison.scores - comparison.centred, rtol=1e-4, atol=1e-4)
@@ -267,7 +267,7 @@ def test_advantages_of_episode_groups_at_the_end_of_a_rollout(supervision: str) 
 
     def look(model: GRPO, visits: Visits) -> None:
         comparison = groups.compare(visits.rewards, visits.episode_starts, visits.dones)
-        expected = scale(comparison.centred, comparison.scores, comparison.group_std)
+        expected = scale(comparison.centred, comparison.group_std)
         np.testing.assert_allclose(model.rollout_buffer.advantages, expected, rtol=1e-4, atol=1e-4)
 
     callback = Recorder(look)
