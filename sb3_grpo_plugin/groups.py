@@ -22,6 +22,7 @@ RIDGE = 1.0
 RIDGE_RANGE = (0.01, 10.0)
 MEMORY = 4096
 CLIP = 5.0
+UNITS_FACTOR = 2.0
 MAX_OPEN_GROUPS = 64
 
 
@@ -320,10 +321,19 @@ class StateGroups:
         return th.linalg.solve_triangular(factor, rows.T, upper=False).square().sum(0).view(phi.shape[:2])
 
     def _whiten(self, features: th.Tensor) -> None:
-        """Fix the units of states: those of the first rollout where rollouts are remembered, else those of each."""
-        if self._width is None or not self.remember:
-            flat = features.flatten(0, 1)
-            self._center, self._width = flat.mean(0), flat.std(0) + 1e-4
+        """
+        Fix the units of states. Where rollouts are remembered they are those of one rollout, until states have outgrown them;
+        then everything begins anew, for what is remembered is in the old ones.
+        """
+        flat = features.flatten(0, 1)
+        center, width = flat.mean(0), flat.std(0) + 1e-4
+        if self._center is not None and self._width is not None and self.remember:
+            moved = (center - self._center).abs() > UNITS_FACTOR * self._width
+            grown = (width / self._width).log().abs() > math.log(UNITS_FACTOR)
+            if not (moved | grown).any():
+                return
+            self._remembered = self._bordering = self._visited = None
+        self._center, self._width = center, width
         if self._frequencies is None:
             dim = features.shape[-1]
             generator = th.Generator().manual_seed(self.seed)

@@ -247,6 +247,21 @@ def test_features_that_move_are_not_remembered() -> None:
     assert not th.allclose(remembering.compare(rollout()).centred, state_groups().compare(rollout()).centred, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("factor", "shift", "outgrown"), [(1.2, 0.5, False), (3.0, 0.0, True), (0.3, 0.0, True), (1.0, 4.0, True)]
+)
+def test_units_hold_until_states_outgrow_them_and_memory_with_them(factor: float, shift: float, outgrown: bool) -> None:
+    first, later = rollout(seed=1), rollout()
+    later = replace(later, features=factor * later.features + shift, next_features=factor * later.next_features + shift)
+    groups = state_groups()
+    groups.compare(first)
+    width = groups._width
+    groups._ridge = RIDGE
+    found, anew = groups.compare(later).centred, state_groups().compare(later).centred
+    assert th.equal(found, anew) == outgrown
+    assert (groups._width is not width) == outgrown
+
+
 @pytest.mark.parametrize("make", [rollout, endless])
 @pytest.mark.parametrize("constant", [0.0, 1.0, -37.0])
 def test_equal_returns_give_exactly_zero(make: Callable[[], Visits], constant: float) -> None:
