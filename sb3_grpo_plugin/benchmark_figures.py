@@ -165,6 +165,8 @@ def plot_learning_curves(runs: Sequence[Run], path: Path, model_steps: bool = Fa
         if model_steps:
             # The untrained policy, at 0, is not on it
             axis.set_xscale("log")
+        else:
+            axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
         axis.legend()
     for axis in axes.flat[len(envs) :]:
