@@ -11,16 +11,15 @@ steps; `order` is the slope of log(groups) against log(value) between the last t
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
-import time
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
+from throughput import microseconds
 
 from sb3_grpo_plugin import GRPO
 
@@ -72,28 +71,11 @@ def measure(name: str, value: int, threads: int) -> dict[str, float]:
     :param name: what grows
     :param value: how large it is
     :param threads: of torch
-    :return: microseconds per environment step for groups and update, peak memory in MiB
+    :return: see ``throughput.microseconds``; the baseline is the groups
     """
     th.set_num_threads(threads)
     model = make_model(name, value)
-    spent = {"groups": 0.0, "update": 0.0}
-
-    def timed(part: str, function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> None:
-            start = time.perf_counter()
-            function(*args, **kwargs)
-            spent[part] += time.perf_counter() - start
-
-        return call
-
-    model.train = timed("update", model.train)  # type: ignore[method-assign]
-    model.rollout_buffer.compute_returns_and_advantage = timed("groups", model._compute_advantages)  # type: ignore[method-assign]
-    rollout = N_STEPS * model.n_envs
-    model.learn(WARM_UP * rollout)
-    spent.update(groups=0.0, update=0.0)
-    model.learn(MEASURED * rollout, reset_num_timesteps=False)
-    per_step = {part: 1e6 * seconds / (MEASURED * rollout) for part, seconds in spent.items()}
-    return {**per_step, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return microseconds(model, model.train, model._compute_advantages, WARM_UP, MEASURED)
 
 
 def main() -> None:
@@ -111,10 +93,10 @@ def main() -> None:
             command = [sys.executable, __file__, "--threads", str(args.threads), "--child", name, str(value)]
             row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
             # Time per rollout: more environments make a rollout longer
-            cost = row["groups"] * (value if name == "n_envs" else 1)
+            cost = row["baseline"] * (value if name == "n_envs" else 1)
             order = "" if earlier is None else f"{math.log(cost / earlier[1]) / math.log(value / earlier[0]):6.2f}"
             print(
-                f"{name:12} {value:6} {row['groups']:15.1f} {row['update']:15.1f} {row['memory']:9.0f} {order:>6}", flush=True
+                f"{name:12} {value:6} {row['baseline']:15.1f} {row['train']:15.1f} {row['memory']:9.0f} {order:>6}", flush=True
             )
             earlier = value, cost
 

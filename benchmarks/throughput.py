@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 N_ENVS, N_STEPS, BATCH_SIZE, N_EPOCHS = 8, 256, 256, 10
@@ -38,42 +39,58 @@ def make_model(algo: str, env_id: str) -> Any:
     return Algorithm("MlpPolicy", make_vec_env(env_id, N_ENVS, seed=0), **options)
 
 
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands in the place of what the bound leaves out."""
+
+
+def microseconds(model: Any, train: Callable, baseline: Callable | None, warm_up: int, measured: int) -> dict[str, float]:
+    """
+    :param model: on-policy, ready to learn
+    :param train: its update
+    :param baseline: what fills its buffer's advantages; ``None``: leave that alone
+    :param warm_up: rollouts before the clock starts
+    :param measured: rollouts on the clock
+    :return: microseconds per step in all, in ``train`` and in ``baseline``; peak memory in MiB
+    """
+    import resource
+
+    spent = {"train": 0.0, "baseline": 0.0}
+
+    def timed(name: str, function: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> None:
+            start = time.perf_counter()
+            function(*args, **kwargs)
+            spent[name] += time.perf_counter() - start
+
+        return call
+
+    model.train = timed("train", train)
+    if baseline is not None:
+        model.rollout_buffer.compute_returns_and_advantage = timed("baseline", baseline)
+    rollout = model.n_envs * model.n_steps
+    model.learn(warm_up * rollout)
+    spent.update(train=0.0, baseline=0.0)
+    start = time.perf_counter()
+    model.learn(measured * rollout, reset_num_timesteps=False)
+    total = time.perf_counter() - start
+    per_step = {name: 1e6 * seconds / (measured * rollout) for name, seconds in (("total", total), *spent.items())}
+    return {**per_step, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
 def measure(algo: str, env_id: str, threads: int) -> dict[str, float]:
     """
     :param algo: see :func:`make_model`
     :param env_id: environment ID
     :param threads: of torch
-    :return: microseconds per step in all, in ``train`` and in the group baseline; peak memory in MiB
+    :return: see :func:`microseconds`
     """
-    import resource
-
     import torch as th
 
     th.set_num_threads(threads)
     model = make_model(algo, env_id)
-    spent = {"train": 0.0, "baseline": 0.0}
-
-    def timed(name: str, function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            spent[name] += time.perf_counter() - start
-            return result
-
-        return call
-
-    model.train = timed("train", (lambda: None) if algo == "bound" else model.train)
-    steps = N_ENVS * N_STEPS
-    if algo in ("grpo", "bound"):
-        compute = model._compute_advantages if algo == "grpo" else (lambda *args, **kwargs: None)
-        model.rollout_buffer.compute_returns_and_advantage = timed("baseline", compute)
-    model.learn(WARM_UP * steps)
-    spent.update(train=0.0, baseline=0.0)
-    start = time.perf_counter()
-    model.learn(MEASURED * steps, reset_num_timesteps=False)
-    total = time.perf_counter() - start
-    per_step = {name: 1e6 * seconds / (MEASURED * steps) for name, seconds in (("total", total), *spent.items())}
-    return {**per_step, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if algo == "bound":
+        return microseconds(model, nothing, nothing, WARM_UP, MEASURED)
+    return microseconds(model, model.train, model._compute_advantages if algo == "grpo" else None, WARM_UP, MEASURED)
 
 
 def main() -> None:
