@@ -382,6 +382,8 @@ class StateGroups:
         part, order = (2 * folds + borders).flatten().sort()
         chunks = order.split(th.bincount(part, minlength=2 * len(excludes)).tolist())
         sums = th.stack([phi[chunk].T @ rows[chunk] for chunk in chunks]).unflatten(0, (-1, 2))
+        # What is solved next is as large: it takes their place in memory
+        del rows
         others = (~excludes).to(phi)
         system = (others @ sums.sum(1).flatten(1)).view(len(others), *sums.shape[2:]).double()
         if self.remember:

@@ -588,9 +588,12 @@ class GRPO(PPO):
         data = self._training_data()
         parameters = list(self.policy.parameters())
         logs: dict[str, list[th.Tensor]] = defaultdict(list)
+        ratios = []
 
         continue_training = True
         for epoch in range(self.n_epochs):
+            # Of the last epoch, unless each one has to be watched
+            needs_kl = self.target_kl is not None or epoch == self.n_epochs - 1
             logs["train/approx_kl"].clear()
             for index in th.randperm(len(data.actions), device=self.device).split(self.batch_size):
                 batch = data.take(index)
@@ -609,15 +612,13 @@ class GRPO(PPO):
                     kl = batch.expectation(losses.k3_kl(log_prob, batch.reference_log_prob)).mean()
                     loss = loss + self.kl_coef * kl
                     logs["train/kl"].append(kl.detach())
-                with th.no_grad():
-                    # KL(old || new) from samples of old: k3 with the roles exchanged
-                    approx_kl = batch.expectation(losses.k3_kl(batch.old_log_prob, log_prob)).mean()
-                    logs["train/clip_fraction"].append(
-                        ((ratio < 1 - clip_range) | (ratio > 1 + clip_range_high)).float().mean()
-                    )
+                ratios.append(ratio.detach())
                 logs["train/policy_gradient_loss"].append(policy_loss.detach())
                 logs["train/entropy_loss"].append(entropy_loss.detach())
-                logs["train/approx_kl"].append(approx_kl)
+                if needs_kl:
+                    # KL(old || new) from samples of old: k3 with the roles exchanged
+                    approx_kl = batch.expectation(losses.k3_kl(batch.old_log_prob, log_prob.detach())).mean()
+                    logs["train/approx_kl"].append(approx_kl)
                 if self.target_kl is not None and approx_kl > 1.5 * self.target_kl:
                     continue_training = False
                     if self.verbose >= 1:
@@ -635,6 +636,9 @@ class GRPO(PPO):
 
         for key, values in logs.items():
             self.logger.record(key, th.stack(values).mean().item())
+        ratio = th.cat(ratios)
+        outside = (ratio < 1 - clip_range) | (ratio > 1 + clip_range_high)
+        self.logger.record("train/clip_fraction", outside.float().mean().item())
         self.logger.record("train/loss", loss.item())
         self.logger.record(
             "train/explained_variance",

@@ -152,12 +152,12 @@ class TrainingData(NamedTuple):
         """
         reference = self.reference_log_prob
         return TrainingData(
-            map_observation(lambda values: values[index], self.observations),
-            self.actions[index],
-            self.old_log_prob[index],
-            self.advantages[index],
-            self.weights[index],
-            reference if reference is None else reference[index],
+            map_observation(lambda values: values.index_select(0, index), self.observations),
+            self.actions.index_select(0, index),
+            self.old_log_prob.index_select(0, index),
+            self.advantages.index_select(0, index),
+            self.weights.index_select(0, index),
+            reference if reference is None else reference.index_select(0, index),
             self.enumerated,
         )
 
