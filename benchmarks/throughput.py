@@ -1,10 +1,11 @@
 """
-Steps per second of GRPO beside SB3's PPO (and SBX's, where it is installed): same rollout, batch, epochs and network.
+Steps per second of GRPO beside SB3's PPO and SBX's (`pip install sbx-rl`): same rollout, batch, epochs and network.
 
-    python benchmarks/throughput.py [--env CartPole-v1 HalfCheetah-v5] [--rounds 5] [--threads 1]
+    python benchmarks/throughput.py [--algos ppo sbx grpo bound] [--env CartPole-v1 HalfCheetah-v5] [--rounds 5] [--threads 1]
 
-The algorithms take turns, one process each, so that a change of the machine's speed hits all of them; the table holds medians.
-`bound` is the environments plus the policy's forward pass: no on-policy learner can be faster.
+The algorithms take turns, one process each and on as many cores as threads, so that a change of the machine's speed hits all of
+them; the table holds medians. `bound` is the environments plus the policy's forward pass: no on-policy learner can be faster.
+`grpo-adam` is GRPO with SB3's optimizer instead of the fused one, `grpo-compile` with the network through `torch.compile`.
 """
 
 import argparse
@@ -23,7 +24,7 @@ WARM_UP, MEASURED = 3, 10
 
 def make_model(algo: str, env_id: str) -> Any:
     """
-    :param algo: "ppo", "grpo", "bound" or "sbx"
+    :param algo: "ppo", "sbx", "grpo", "grpo-adam", "grpo-compile" or "bound"
     :param env_id: environment ID
     :return: an algorithm that is ready to learn
     """
@@ -36,7 +37,14 @@ def make_model(algo: str, env_id: str) -> Any:
     else:
         from sb3_grpo_plugin import GRPO as Algorithm
     options = dict(n_steps=N_STEPS, batch_size=BATCH_SIZE, n_epochs=N_EPOCHS, seed=0, device="cpu")
-    return Algorithm("MlpPolicy", make_vec_env(env_id, N_ENVS, seed=0), **options)
+    if algo == "grpo-adam":
+        options["policy_kwargs"] = dict(optimizer_kwargs=dict(eps=1e-5))
+    model = Algorithm("MlpPolicy", make_vec_env(env_id, N_ENVS, seed=0), **options)
+    if algo == "grpo-compile":
+        import torch as th
+
+        model.policy.mlp_extractor.forward_actor = th.compile(model.policy.mlp_extractor.forward_actor)
+    return model
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:
@@ -86,11 +94,14 @@ def measure(algo: str, env_id: str, threads: int) -> dict[str, float]:
     """
     import torch as th
 
+    # XLA takes as many threads as it has cores
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     th.set_num_threads(threads)
     model = make_model(algo, env_id)
     if algo == "bound":
         return microseconds(model, nothing, nothing, WARM_UP, MEASURED)
-    return microseconds(model, model.train, model._compute_advantages if algo == "grpo" else None, WARM_UP, MEASURED)
+    baseline = model._compute_advantages if algo.startswith("grpo") else None
+    return microseconds(model, model.train, baseline, WARM_UP, MEASURED)
 
 
 def main() -> None:
@@ -105,7 +116,7 @@ def main() -> None:
         print(json.dumps(measure(*args.child, args.threads)))
         return
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    print(f"{'env':16} {'algo':6} {'steps/s':>8} {'us/step':>8} {'train':>7} {'baseline':>8} {'MiB':>5} {'x PPO':>6}")
+    print(f"{'env':16} {'algo':12} {'steps/s':>8} {'us/step':>8} {'train':>7} {'baseline':>8} {'MiB':>5} {'x PPO':>6}")
     for env_id in args.env:
         results: dict[str, list[dict[str, float]]] = {algo: [] for algo in args.algos}
         for _ in range(args.rounds):
@@ -117,7 +128,7 @@ def main() -> None:
             row = {name: statistics.median(one[name] for one in rows) for name in rows[0]}
             ratios = [ppo["total"] / own["total"] for ppo, own in zip(results.get("ppo", rows), rows, strict=True)]
             print(
-                f"{env_id:16} {algo:6} {1e6 / row['total']:8,.0f} {row['total']:8.1f} {row['train']:7.1f} "
+                f"{env_id:16} {algo:12} {1e6 / row['total']:8,.0f} {row['total']:8.1f} {row['train']:7.1f} "
                 f"{row['baseline']:8.1f} {row['memory']:5.0f} {statistics.median(ratios):6.2f}"
             )
 

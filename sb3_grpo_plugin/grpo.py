@@ -607,7 +607,9 @@ class GRPO(PPO):
                 policy_loss = (step_losses.mean(1) * batch.weights).mean()
                 # Approximate entropy when no analytical form
                 entropy_loss = log_prob.mean() if entropy is None else -entropy.mean()
-                loss = policy_loss + self.ent_coef * entropy_loss
+                loss = policy_loss
+                if self.ent_coef != 0.0:
+                    loss = loss + self.ent_coef * entropy_loss
                 if batch.reference_log_prob is not None:
                     kl = batch.expectation(losses.k3_kl(log_prob, batch.reference_log_prob)).mean()
                     loss = loss + self.kl_coef * kl
