@@ -3,9 +3,9 @@ Steps per second of GRPO beside SB3's PPO and SBX's (`pip install sbx-rl`): same
 
     python benchmarks/throughput.py [--algos ppo sbx grpo bound] [--env CartPole-v1 HalfCheetah-v5] [--rounds 5] [--threads 1]
 
-The algorithms take turns, one process each and on as many cores as threads, so that a change of the machine's speed hits all of
-them; the table holds medians. `bound` is the environments plus the policy's forward pass: no on-policy learner can be faster.
-`grpo-adam` is GRPO with SB3's optimizer instead of the fused one, `grpo-compile` with the network through `torch.compile`.
+The algorithms take turns, one process each and on as many cores as threads, so that a slow moment hits all of them; the table
+holds medians. `bound` is the environments plus the policy's forward pass: no on-policy learner can be faster. `grpo-adam` is
+GRPO with SB3's optimizer instead of the fused one, `grpo-compile` with the network through `torch.compile`.
 """
 
 import argparse

@@ -345,8 +345,8 @@ def _executor(args: argparse.Namespace, count: int) -> tuple[Executor, int]:
 def _benchmark(args: argparse.Namespace, words: Sequence[str]) -> int:
     from sb3_grpo_plugin.benchmark_report import write_report
 
-    if (args.out / RESULTS).is_file():
-        load_json(args.out / RESULTS)
+    # Of this folder, each once: its report covers them all
+    commands = dict.fromkeys(load_json(args.out / RESULTS).get("commands", [])) if (args.out / RESULTS).is_file() else {}
     specs = make_specs(args)
     check_budgets(specs, collect(args.out))
     execute, jobs = _executor(args, len(specs))
@@ -355,9 +355,10 @@ def _benchmark(args: argparse.Namespace, words: Sequence[str]) -> int:
     finally:
         execute.stop()
     runs = collect(args.out)
-    results = {"format": FORMAT, "version": __version__, "command": shlex.join(words), "runs": runs}
+    commands[shlex.join(words)] = None
+    results = {"format": FORMAT, "version": __version__, "commands": list(commands), "runs": runs}
     write_json(args.out / RESULTS, results)
-    write_json(args.out / RESULTS, {**results, "summary": write_report(args.out, runs, shlex.join(words))})
+    write_json(args.out / RESULTS, {**results, "summary": write_report(args.out, runs, results["commands"])})
     asked = {(spec.algo, spec.env, spec.seed) for spec in specs}
     failed = [run for run in runs if run["status"] == "failed" and (run["algo"], run["env"], run["seed"]) in asked]
     return 1 if failed else 0

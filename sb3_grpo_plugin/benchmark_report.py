@@ -115,10 +115,12 @@ def environment_table(summary: dict[str, Any]) -> str:
     return markdown_table(["environment", *found], rows)
 
 
-def text_report(runs: Sequence[Run], command: str, pictures: Sequence[str] = (), summary: dict[str, Any] | None = None) -> str:
+def text_report(
+    runs: Sequence[Run], called: Sequence[str], pictures: Sequence[str] = (), summary: dict[str, Any] | None = None
+) -> str:
     """
     :param runs: finished and failed ones
-    :param command: what the user called
+    :param called: the commands that made them
     :param pictures: file names
     :param summary: statistics over environments
     :return: Markdown
@@ -130,7 +132,7 @@ def text_report(runs: Sequence[Run], command: str, pictures: Sequence[str] = (),
     commands = list(dict.fromkeys(_any_seed(run) for run in runs if run["algo"] != RANDOM))
     parts = [
         "# Benchmark",
-        f"    {command}",
+        "\n".join(f"    {command}" for command in called),
         "Mean +/- standard deviation over seeds. A run's score is the mean return of "
         f"{' or '.join(map(str, episodes)) or 'no'} deterministic episodes of its last policy: the one after the "
         "last update that fitted into the simulator steps. "
@@ -169,18 +171,18 @@ def _any_seed(run: Run) -> str:
     return run["command"].replace(f"--seed {run['seed']} ", "--seed SEED ")
 
 
-def write_report(out: Path, runs: Sequence[Run], command: str) -> dict[str, Any]:
+def write_report(out: Path, runs: Sequence[Run], called: Sequence[str]) -> dict[str, Any]:
     """
     :param out: the output folder
     :param runs: finished and failed ones
-    :param command: what the user called
+    :param called: the commands that made them
     :return: statistics over environments
     """
-    (out / REPORT).write_text(text_report(runs, command), encoding="utf-8")
+    (out / REPORT).write_text(text_report(runs, called), encoding="utf-8")
 
     # Imported only when used: half a plotting stack
     from sb3_grpo_plugin.benchmark_figures import draw
 
     pictures, summary = draw(out, runs)
-    (out / REPORT).write_text(text_report(runs, command, pictures, summary), encoding="utf-8")
+    (out / REPORT).write_text(text_report(runs, called, pictures, summary), encoding="utf-8")
     return summary

@@ -104,8 +104,11 @@ def test_the_same_command_repeats_no_finished_run(folder: Path, monkeypatch: pyt
     rest = ["--eval-episodes", "2", "--episodes", "6"]
     assert benchmark_command([*arguments.split(), *rest]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in before} and len(before) == 2
-    # The failed run of the other algorithm is still reported
-    assert "only supports" in (folder / "out" / "benchmark.md").read_text()
+    # The failed run of the other algorithm is still reported, and so is the command that made it
+    report = (folder / "out" / "benchmark.md").read_text()
+    assert "only supports" in report
+    commands = json.loads((folder / "out" / RESULTS).read_text())["commands"]
+    assert len(commands) == 2 and all(f"    {words}\n" in report for words in commands)
 
 
 def test_other_settings_do_not_pass_for_finished(
@@ -405,7 +408,7 @@ def test_report_of_several_environments(tmp_path: Path) -> None:
 
     failed = {**{key: fake_result(spec_of("grpo", "C-v1"))[key] for key in ("algo", "env", "seed", "budget", "command")}}
     runs = [*many_results(), {**failed, "status": "failed", "error": "boom | boom"}]
-    summary = write_report(tmp_path, runs, "sb3-grpo benchmark")
+    summary = write_report(tmp_path, runs, ["sb3-grpo benchmark"])
     point, low, high = summary["normalized"]["grpo"]["iqm"]
     assert point == pytest.approx(1.8) and low < 1.8 < high
     text = (tmp_path / "benchmark.md").read_text()
@@ -420,7 +423,7 @@ def test_report_of_nothing_but_failures(tmp_path: Path) -> None:
     from sb3_grpo_plugin.benchmark_report import write_report
 
     failed = {"algo": "grpo", "env": "A-v1", "seed": 0, "budget": 5, "command": "c", "status": "failed", "error": "boom"}
-    assert write_report(tmp_path, [failed], "sb3-grpo benchmark") == {}
+    assert write_report(tmp_path, [failed], ["sb3-grpo benchmark"]) == {}
     assert "**1 failed**" in (tmp_path / "benchmark.md").read_text()
 
 
