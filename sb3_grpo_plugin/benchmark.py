@@ -159,7 +159,7 @@ def collect(out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def run_all(specs: Sequence[RunSpec], out: Path, execute: Executor, jobs: int) -> None:
+def run_all(specs: Sequence[RunSpec], out: Path, execute: Executor, jobs: int, about: dict[str, Any]) -> None:
     """
     Run what is not finished, with live progress; results and reports grow with every run.
 
@@ -167,6 +167,7 @@ def run_all(specs: Sequence[RunSpec], out: Path, execute: Executor, jobs: int) -
     :param out: the output folder
     :param execute: makes one run, returns what went wrong with it
     :param jobs: runs at a time
+    :param about: what results say beside the runs
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -188,7 +189,7 @@ def run_all(specs: Sequence[RunSpec], out: Path, execute: Executor, jobs: int) -
                     if future in bars:
                         progress.remove_task(bars.pop(future))
                 if done:
-                    write_json(out / RESULTS, {"format": FORMAT, "version": __version__, "runs": collect(out)})
+                    write_json(out / RESULTS, {**about, "runs": collect(out)})
                 for future in pending:
                     spec = futures[future]
                     spent = _spent(out / spec.folder) if future.running() else None
@@ -346,19 +347,19 @@ def _benchmark(args: argparse.Namespace, words: Sequence[str]) -> int:
     from sb3_grpo_plugin.benchmark_report import write_report
 
     # Of this folder, each once: its report covers them all
-    commands = dict.fromkeys(load_json(args.out / RESULTS).get("commands", [])) if (args.out / RESULTS).is_file() else {}
+    commands = load_json(args.out / RESULTS).get("commands", []) if (args.out / RESULTS).is_file() else []
+    commands = list(dict.fromkeys([*commands, shlex.join(words)]))
+    about = {"format": FORMAT, "version": __version__, "commands": commands}
     specs = make_specs(args)
     check_budgets(specs, collect(args.out))
     execute, jobs = _executor(args, len(specs))
     try:
-        run_all(specs, args.out, execute, jobs)
+        run_all(specs, args.out, execute, jobs, about)
     finally:
         execute.stop()
     runs = collect(args.out)
-    commands[shlex.join(words)] = None
-    results = {"format": FORMAT, "version": __version__, "commands": list(commands), "runs": runs}
-    write_json(args.out / RESULTS, results)
-    write_json(args.out / RESULTS, {**results, "summary": write_report(args.out, runs, results["commands"])})
+    write_json(args.out / RESULTS, {**about, "runs": runs})
+    write_json(args.out / RESULTS, {**about, "runs": runs, "summary": write_report(args.out, runs, commands)})
     asked = {(spec.algo, spec.env, spec.seed) for spec in specs}
     failed = [run for run in runs if run["status"] == "failed" and (run["algo"], run["env"], run["seed"]) in asked]
     return 1 if failed else 0

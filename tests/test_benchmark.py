@@ -173,12 +173,13 @@ class FakeRuns:
         self.stopped = True
 
 
+ABOUT = {"format": FORMAT, "commands": ["sb3-grpo benchmark"]}
 SPECS = [spec_of(algo, env, seed) for algo in ("ppo", "grpo") for env in ("CartPole-v1", "ALE/Pong-v5") for seed in (0, 1)]
 
 
 def test_every_run_is_there_once_whatever_happened_before(tmp_path: Path) -> None:
     runs = FakeRuns(fail=(SPECS[1],))
-    benchmark.run_all(SPECS, tmp_path, runs, jobs=3)
+    benchmark.run_all(SPECS, tmp_path, runs, jobs=3, about=ABOUT)
     assert sorted(map(str, runs.made)) == sorted(map(str, SPECS))
     failed = [run for run in collect(tmp_path) if run["status"] == "failed"]
     assert len(collect(tmp_path)) == len(SPECS) and [run["error"] for run in failed] == ["out of luck"]
@@ -188,10 +189,12 @@ def test_every_run_is_there_once_whatever_happened_before(tmp_path: Path) -> Non
     (half / f"{RESULT}.77.part").write_text("{")
     (half / SPEC).write_text(json.dumps(asdict(SPECS[4])))
     again = FakeRuns()
-    benchmark.run_all(SPECS, tmp_path, again, jobs=1)
+    benchmark.run_all(SPECS, tmp_path, again, jobs=1, about=ABOUT)
     assert again.made == [SPECS[1], SPECS[4]]
     assert [run["status"] for run in collect(tmp_path)] == ["finished"] * len(SPECS)
-    assert len(json.loads((tmp_path / RESULTS).read_text())["runs"]) == len(SPECS)
+    # Also while runs are under way
+    results = json.loads((tmp_path / RESULTS).read_text())
+    assert len(results["runs"]) == len(SPECS) and results["commands"] == ABOUT["commands"]
 
 
 def test_a_full_disk_stops_the_benchmark(
@@ -429,7 +432,7 @@ def test_report_of_nothing_but_failures(tmp_path: Path) -> None:
 
 def test_a_failure_is_forgotten_when_the_run_is_made_again(tmp_path: Path) -> None:
     spec = SPECS[0]
-    benchmark.run_all([spec], tmp_path, FakeRuns(fail=(spec,)), jobs=1)
+    benchmark.run_all([spec], tmp_path, FakeRuns(fail=(spec,)), jobs=1, about=ABOUT)
     assert (tmp_path / spec.folder / FAILURE).is_file()
-    benchmark.run_all([spec], tmp_path, FakeRuns(), jobs=1)
+    benchmark.run_all([spec], tmp_path, FakeRuns(), jobs=1, about=ABOUT)
     assert [run["status"] for run in collect(tmp_path)] == ["finished"]
