@@ -402,7 +402,8 @@ class StateGroups:
         matrices.diagonal(dim1=-2, dim2=-1)[:, 1:] += self._ridge
         # The constant is free; this only keeps the system solvable
         matrices[:, 0, 0] += 1e-6 * len(phi)
-        return th.linalg.solve(matrices, system[..., -1]).to(phi.dtype)
+        # One by one: in batches, MKL's LU fails on several threads once torch.set_num_threads was called (torch 2.13)
+        return th.stack([th.linalg.solve(*fold) for fold in zip(matrices, system[..., -1], strict=True)]).to(phi.dtype)
 
 
 @dataclass

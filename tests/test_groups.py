@@ -473,3 +473,14 @@ def test_episode_groups_ignore_a_factor(supervision: str, scale_rewards: str) ->
         return ScoreScale(scale_rewards)(comparison.centred, comparison.group_std)
 
     th.testing.assert_close(advantages(50.0 * visits.rewards), advantages(visits.rewards), rtol=1e-4, atol=1e-5)
+
+
+def test_several_threads_compare_as_one_does() -> None:
+    visits, threads = endless(n_envs=8), th.get_num_threads()
+    one = state_groups().compare(visits)
+    try:
+        th.set_num_threads(2)
+        two = state_groups().compare(visits)
+    finally:
+        th.set_num_threads(threads)
+    th.testing.assert_close(two.centred, one.centred, rtol=1e-3, atol=1e-4)
