@@ -11,13 +11,16 @@ from stable_baselines3.common.policies import (
 from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
+from sb3_grpo_plugin.distributions import direct
+
 
 class ActorPolicy(ActorCriticPolicy):
     """
     An SB3 policy with an actor and no critic: no parameter, optimizer state or forward pass for a value.
 
     Takes the arguments of ``ActorCriticPolicy``. A ``vf`` entry in ``net_arch`` and ``share_features_extractor`` are
-    accepted and have nothing to act on. Adam, the default optimizer, is the fused one.
+    accepted and have nothing to act on. Adam, the default optimizer, is the fused one. Discrete actions
+    and Gaussians are computed without ``torch.distributions``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -25,6 +28,7 @@ class ActorPolicy(ActorCriticPolicy):
         if kwargs.get("optimizer_kwargs") is None and kwargs.get("optimizer_class", th.optim.Adam) is th.optim.Adam:
             kwargs["optimizer_kwargs"] = dict(eps=1e-5, fused=True)
         super().__init__(*args, **kwargs)
+        self.action_dist = direct(self.action_dist)
 
     def _build_mlp_extractor(self) -> None:
         layers = self.net_arch.get("pi", []) if isinstance(self.net_arch, dict) else self.net_arch
