@@ -604,7 +604,7 @@ class GRPO(PPO):
                 step_losses, ratio = losses.clipped_surrogate(
                     log_prob, batch.old_log_prob, advantages, clip_range, clip_range_high
                 )
-                policy_loss = (step_losses.mean(1) * batch.weights).mean()
+                policy_loss = (step_losses * batch.weights[:, None]).mean()
                 # Approximate entropy when no analytical form
                 entropy_loss = log_prob.mean() if entropy is None else -entropy.mean()
                 loss = policy_loss
