@@ -1,7 +1,8 @@
 """The tables of ``sb3-grpo benchmark``, and where its figures go (``benchmark_figures.py``)."""
 
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,15 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(word).replace("|", "\\|") for word in line) + " |" for line in lines)
 
 
+def span(numbers: Collection[int]) -> str:
+    """
+    :param numbers: how many seeds each algorithm or environment has
+    :return: the least to the greatest
+    """
+    least, most = min(numbers, default=0), max(numbers, default=0)
+    return str(least) if least == most else f"{least} to {most}"
+
+
 def score_table(runs: Sequence[Run]) -> str:
     """
     :param runs: finished and failed ones
@@ -58,7 +68,7 @@ def score_table(runs: Sequence[Run]) -> str:
     for env in envs:
         found = by_algorithm(runs, env)
         trained = [run for run in runs if run["env"] == env and run["algo"] != RANDOM]
-        seeds = len({run["seed"] for run in trained})
+        seeds = span(Counter(algo for algo, _ in {(run["algo"], run["seed"]) for run in trained}).values())
         rows.append([env, trained[0]["budget"] if trained else "-", seeds, *(cell(found[algo]) for algo in algos)])
     return markdown_table(["environment", "simulator steps", "seeds", *algos], rows)
 
@@ -99,9 +109,7 @@ def summary_table(summary: dict[str, Any]) -> str:
     """
     rows = []
     for algo, values in summary["normalized"].items():
-        least, most = min(summary["seeds"][algo]), max(summary["seeds"][algo])
-        seeds = least if least == most else f"{least} to {most}"
-        rows.append([algo, seeds, *map(interval, values.values())])
+        rows.append([algo, span(summary["seeds"][algo]), *map(interval, values.values())])
     return markdown_table(["algorithm", "seeds", "interquartile mean", "median", "mean"], rows)
 
 

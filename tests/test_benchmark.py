@@ -363,6 +363,14 @@ def test_scores_are_normalized_by_random_and_ppo() -> None:
     assert normalized_scores(runs)[1] == ["B-v1"]
 
 
+def test_seeds_are_counted_per_algorithm() -> None:
+    from sb3_grpo_plugin.benchmark_report import score_table
+
+    runs = [{**run, "seed": run["seed"] + 10} if run["algo"] == "grpo" else run for run in many_results()]
+    assert [line.split("|")[3].strip() for line in score_table(runs).splitlines()[2:]] == ["3", "3"]
+    assert [line.split("|")[3].strip() for line in score_table(runs[:-1]).splitlines()[2:]] == ["3", "2 to 3"]
+
+
 def test_the_interquartile_mean_is_rliables_and_weighs_environments_alike() -> None:
     from rliable import metrics
 
