@@ -196,8 +196,8 @@ def plot_aggregates(points: dict[str, np.ndarray], intervals: dict[str, np.ndarr
         colors={algo: f"C{color}" for color, algo in enumerate(points)},
         xlabel="",
     )
-    # rliable's own label is placed for its paper's figures
-    figure.supxlabel(f"score (0: random, 1: {reference})", y=-0.5)
+    # rliable's own label is placed for its paper's figures, and its figures grow with the algorithms
+    figure.supxlabel(f"score (0: random, 1: {reference})", y=-1.4 / len(points))
     for axis in np.atleast_1d(axes).flat:
         axis.locator_params(axis="x", nbins=4)
     _save(figure, path)
