@@ -19,8 +19,8 @@ class ActorPolicy(ActorCriticPolicy):
     An SB3 policy with an actor and no critic: no parameter, optimizer state or forward pass for a value.
 
     Takes the arguments of ``ActorCriticPolicy``. A ``vf`` entry in ``net_arch`` and ``share_features_extractor`` are
-    accepted and have nothing to act on. Adam, the default optimizer, is the fused one. Discrete actions
-    and Gaussians are computed without ``torch.distributions``.
+    accepted and have nothing to act on. Adam, the default optimizer, is the fused one. Discrete actions and
+    Gaussians are computed without ``torch.distributions``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

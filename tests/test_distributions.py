@@ -11,9 +11,10 @@ from sb3_grpo_plugin.distributions import CategoricalDistribution, DiagGaussianD
 from sb3_grpo_plugin.policies import ActorPolicy
 
 BATCH, SIZE = 64, 5
+Kind = type[sb3.Distribution]
 
 
-def parameters(kind):
+def parameters(kind: Kind) -> list[th.Tensor]:
     """Parameters of a batch of distributions, from near uniform to nearly certain."""
     rows = th.randn(BATCH, SIZE) * th.logspace(-3, 2, BATCH)[:, None]
     tensors = [rows] if kind is sb3.CategoricalDistribution else [rows, th.linspace(-5.0, 1.0, SIZE)]
@@ -22,7 +23,7 @@ def parameters(kind):
 
 @pytest.mark.parametrize("kind", [sb3.CategoricalDistribution, sb3.DiagGaussianDistribution])
 @pytest.mark.parametrize("value", ["log_prob", "entropy"])
-def test_values_and_gradients_are_those_of_sb3(kind, value):
+def test_values_and_gradients_are_those_of_sb3(kind: Kind, value: str) -> None:
     th.manual_seed(0)
     tensors = parameters(kind)
     arguments = (kind(SIZE).proba_distribution(*tensors).sample().detach(),) if value == "log_prob" else ()
@@ -36,7 +37,7 @@ def test_values_and_gradients_are_those_of_sb3(kind, value):
 
 
 @pytest.mark.parametrize("kind", [sb3.CategoricalDistribution, sb3.DiagGaussianDistribution])
-def test_draws_and_modes_are_those_of_sb3(kind):
+def test_draws_and_modes_are_those_of_sb3(kind: Kind) -> None:
     th.manual_seed(0)
     tensors = parameters(kind)
     theirs, ours = kind(SIZE).proba_distribution(*tensors), direct(kind(SIZE)).proba_distribution(*tensors)
@@ -50,7 +51,7 @@ def test_draws_and_modes_are_those_of_sb3(kind):
 
 
 @pytest.mark.parametrize("kind", [sb3.CategoricalDistribution, sb3.DiagGaussianDistribution])
-def test_torchs_distribution_is_there_for_who_asks(kind):
+def test_torchs_distribution_is_there_for_who_asks(kind: Kind) -> None:
     th.manual_seed(0)
     tensors, others = parameters(kind), parameters(kind)
     expected = sb3.kl_divergence(kind(SIZE).proba_distribution(*tensors), kind(SIZE).proba_distribution(*others))
@@ -68,7 +69,7 @@ def test_torchs_distribution_is_there_for_who_asks(kind):
         (spaces.MultiBinary(3), False, sb3.BernoulliDistribution),
     ],
 )
-def test_policies_take_the_direct_distribution_where_there_is_one(space, use_sde, kind):
+def test_policies_take_the_direct_distribution_where_there_is_one(space: spaces.Space, use_sde: bool, kind: Kind) -> None:
     observations = spaces.Box(-1.0, 1.0, (4,))
     policy = ActorPolicy(observations, space, lambda _: 1e-3, use_sde=use_sde)
     assert type(policy.action_dist) is kind
